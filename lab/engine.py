@@ -78,8 +78,8 @@ class Engine:
         tokens = len(request.prompt) + (request.output or 1)
         if tokens > limit:
             return (
-                f"request {request.id}: {len(request.prompt)} prompt and {request.output or 1} output tokens exceed the "
-                f"limit of {limit} tokens a sequence; shorten it or take a model with a longer context"
+                f"request {request.id}: {len(request.prompt)} prompt and {request.output or 1} output tokens exceed "
+                f"the limit of {limit} tokens a sequence; shorten it or take a model with a longer context"
             )
         if request.id in self.groups:
             return f"request {request.id} is in flight already; give each request an id of its own"
@@ -87,13 +87,18 @@ class Engine:
             return f"request {request.id}: n={request.sampling.n} exceeds {self.scheduler.limits.seqs} sequences a step"
         if not self.allocator.fits(request):
             return (
-                f"request {request.id}: {request.sampling.n} x {min(request.most, limit)} tokens do not fit into an empty "
+                f"request {request.id}: {request.sampling.n} x {min(request.most, limit)} tokens do not fit an empty "
                 f"pool of {self.allocator.capacity} tokens under this allocator; enlarge it or lower max_tokens"
             )
         return None
 
-    def run(self, requests: Iterable[Request], until_s: float = math.inf) -> None:
-        """Serve requests, in order of arrival, until all have ended or the clock passes `until_s`."""
+    def run(
+        self, requests: Iterable[Request], until_s: float = math.inf, go_on: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Serve requests, in order of arrival, until all have ended or the clock passes `until_s`.
+
+        `go_on` is asked after each step whether to go on.
+        """
         arrivals = iter(requests)
         upcoming = next(arrivals, None)
         while self.executor.now < until_s:
@@ -103,17 +108,18 @@ class Engine:
             if upcoming is None and not self.groups and not self.inbox:
                 return
             next_s = min(until_s, upcoming.arrival_s) if upcoming else until_s
-            self.step(more=upcoming is not None, next_s=next_s)
+            if self.step(more=upcoming is not None, next_s=next_s) and not go_on():
+                return
 
-    def step(self, more: bool = False, next_s: float = math.inf) -> None:
-        """One iteration; where there is nothing to do, wait until the scheduler asks to be called or `next_s`."""
+    def step(self, more: bool = False, next_s: float = math.inf) -> bool:
+        """One iteration; where there is nothing to do, wait until the scheduler asks to be called or `next_s`: False."""
         self._read_inbox()
         start_s = self.executor.now
         plan = self.scheduler.schedule(start_s, more)
         plan.moves, self.allocator.moves = self.allocator.moves, []
         if not (plan.work or plan.moves or plan.preempted):
             self._wait(min(plan.wake_s, next_s), more)
-            return
+            return False
         sampled: dict[Sequence, list[Sampled]] = {}
         if plan.work or plan.moves:
             self.executor.launch(plan, self.allocator.tables)
@@ -124,6 +130,7 @@ class Engine:
         self._record(start_s, plan, sampled)
         if done:
             self._finish(done)
+        return True
 
     def _arrive(self, request: Request) -> None:
         reason = self.refusal(request)
@@ -146,15 +153,16 @@ class Engine:
                     self.recorder.cancelled(self.executor.now, group)
 
     def _wait(self, until_s: float, more: bool) -> None:
+        if self.inbox:
+            return
         if until_s == math.inf and not more:
-            if self.scheduler.waiting or self.scheduler.running:
-                policies = f"{type(self.scheduler).__name__} with {type(self.allocator).__name__}"
-                raise RuntimeError(
-                    f"{policies} plans no work, preempts nothing and waits for nothing while {len(self.groups)} "
-                    "requests are in flight: a policy has a dead end"
-                )
-            if not self.inbox:
+            if not (self.scheduler.waiting or self.scheduler.running):
                 return
+            policies = f"{type(self.scheduler).__name__} with {type(self.allocator).__name__}"
+            raise RuntimeError(
+                f"{policies} plans no work, preempts nothing and waits for nothing while {len(self.groups)} requests are "
+                "in flight: a policy has a dead end"
+            )
         self.executor.wait(until_s)
 
     def _append(self, sampled: Mapping[Sequence, list[Sampled]]) -> list[tuple[Sequence, str]]:

@@ -1,0 +1,126 @@
+"""What every implementation accepts. Errors name the value, the rule and the remedy."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.ragged import Ragged
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    _check_caches(k_cache, v_cache)
+    for name, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
+        _check_like(name, new, cache)
+        if new.shape[1:] != cache.shape[2:]:
+            raise ValueError(
+                f"{name} {list(new.shape)}: its cache {list(cache.shape)} holds {list(cache.shape[2:])} per token; "
+                f"pass [tokens, num_kv_heads, head_dim]"
+            )
+    if len(slots) != len(k) or len(k) != len(v):
+        raise ValueError(
+            f"{len(k)} keys, {len(v)} values, {len(slots)} slots: one of each per token; slot -1 drops a token"
+        )
+    if slots.dtype != torch.int64:
+        raise ValueError(f"slots {slots.dtype}: slots of a large pool pass 2**31 elements; pass int64")
+
+
+def check_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    ragged: Ragged,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> None:
+    _check_caches(k_cache, v_cache)
+    _check_like("q", q, k_cache)
+    num_blocks, block, num_kv_heads, head_dim = k_cache.shape
+    if q.ndim != 3 or q.shape[2] != head_dim:
+        raise ValueError(
+            f"q {list(q.shape)}: the cache's keys have head_dim {head_dim}; pass [tokens, num_heads, {head_dim}]"
+        )
+    if q.shape[1] % num_kv_heads:
+        raise ValueError(
+            f"{q.shape[1]} query heads over {num_kv_heads} KV heads: each serves as many; "
+            f"pass a multiple of {num_kv_heads}"
+        )
+    if q.shape[0] != ragged.num_tokens:
+        raise ValueError(
+            f"q has {q.shape[0]} tokens, the ragged batch {ragged.num_tokens}: pass the batch built for this step"
+        )
+    if block != ragged.block:
+        raise ValueError(
+            f"a cache with blocks of {block}, a ragged batch with blocks of {ragged.block}: build it with block={block}"
+        )
+    if ragged.num_blocks > num_blocks:
+        raise ValueError(
+            f"a table points at block {ragged.num_blocks - 1}, the cache has {num_blocks}: pass this cache's tables"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"window = {window}: a query sees at least itself; pass window >= 1, or None for no window")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap = {softcap}: logits are held within +-softcap; pass softcap > 0, or None for no cap")
+    if sinks is not None and sinks.shape != q.shape[1:2]:
+        raise ValueError(f"sinks {list(sinks.shape)}: one logit per query head; pass [{q.shape[1]}]")
+
+
+def check_copy(cache: Tensor, pairs: Tensor) -> None:
+    if cache.ndim != 5:
+        raise ValueError(
+            f"cache {list(cache.shape)}: pass [layers, num_blocks, block, num_kv_heads, head_dim]; [None] adds layers"
+        )
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64:
+        raise ValueError(
+            f"pairs {pairs.dtype} {list(pairs.shape)}: pass int64 [n, 2], rows (source block, destination block)"
+        )
+    if pairs.device.type != "cpu" or not len(pairs):  # on a device, looking would mean waiting for it
+        return
+    if int(pairs.min()) < 0 or int(pairs.max()) >= cache.shape[1]:
+        raise ValueError(
+            f"pairs name blocks {int(pairs.min())} to {int(pairs.max())}: the cache has 0 to {cache.shape[1] - 1}"
+        )
+    sources, targets = (set(column) for column in pairs.t().tolist())
+    if sources & targets or len(targets) < len(pairs):
+        raise ValueError(
+            f"pairs {pairs.tolist()}: all are copied at once, so no block may be written twice, or read and written; "
+            f"copy dependent pairs in separate calls"
+        )
+
+
+def check_same_device(device: torch.device, tensors: Sequence[tuple[str, Tensor]]) -> None:
+    for name, tensor in tensors:
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, the cache on {device}: move it there first")
+
+
+def _check_caches(k_cache: Tensor, v_cache: Tensor) -> None:
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.ndim != 4:
+            raise ValueError(
+                f"{name} {list(cache.shape)}: pass one layer's [num_blocks, block, num_kv_heads, head_dim]"
+            )
+        if cache.dtype not in DTYPES:
+            raise ValueError(
+                f"{name} is {cache.dtype}: the kernels read float32, float16 and bfloat16; convert the cache"
+            )
+        if cache.stride(3) != 1:
+            raise ValueError(f"{name} has stride {cache.stride(3)} along head_dim: it must be 1; lay head_dim out last")
+    if k_cache.shape[:3] != v_cache.shape[:3]:
+        raise ValueError(
+            f"k_cache {list(k_cache.shape)}, v_cache {list(v_cache.shape)}: they differ before head_dim; pass a pair"
+        )
+
+
+def _check_like(name: str, new: Tensor, cache: Tensor) -> None:
+    if new.dtype != cache.dtype:
+        raise ValueError(
+            f"{name} is {new.dtype}, its cache {cache.dtype}: convert {name} first; nothing is converted here"
+        )
+    if new.ndim and new.stride(-1) != 1:
+        raise ValueError(f"{name} has stride {new.stride(-1)} along head_dim: it must be 1; pass {name}.contiguous()")
+    if new.device != cache.device:
+        raise ValueError(f"{name} is on {new.device}, its cache on {cache.device}: move it there first")

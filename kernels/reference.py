@@ -1,0 +1,124 @@
+"""The three operations in plain torch: the specification of the Triton kernels, and what runs on a CPU.
+
+Shapes: T tokens, R rows of one kind, N query tokens of each, L positions read, H query heads, Hk KV heads, G = H / Hk
+query heads per KV head, D head_dim, Dv head_dim_v. The layouts are drawn in `kernels/__init__.py`.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.checks import check_attention, check_copy, check_store
+from kernels.ragged import Ragged
+
+MAX_LOGITS = 2**26  # computed at a time: 256 MiB of float32
+
+
+def store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Write keys k [T, Hk, D], values v [T, Hk, Dv] to slots int64 [T], each at most once; slot -1 drops the token."""
+    check_store(k, v, k_cache, v_cache, slots)
+    block = k_cache.shape[1]
+    kept = slots >= 0  # [T]
+    blocks, offsets = slots[kept] // block, slots[kept] % block
+    k_cache[blocks, offsets] = k[kept]
+    v_cache[blocks, offsets] = v[kept]
+
+
+def attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    ragged: Ragged,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of q [T, H, D] over each row's own context -> [T, H, Dv]; sums in float32.
+
+    `window`: key j is seen by the query at p only if p - j < window. `softcap`: a logit s becomes softcap *
+    tanh(s / softcap). `sinks` [H]: one more logit per head in the softmax's sum. A query that sees no key gives 0.
+    """
+    check_attention(q, k_cache, v_cache, ragged, window, softcap, sinks)
+    out = q.new_empty(*q.shape[:2], v_cache.shape[3])  # [T, H, Dv]
+    starts, contexts = ragged.starts.long(), ragged.lengths + ragged.dead
+    counts = starts.diff()  # query tokens of each row
+    for count in counts.unique().tolist():  # rows with as many queries are computed together, as long as the longest
+        alike = (counts == count).nonzero()[:, 0]
+        logits_per_row = count * q.shape[1] * int(contexts[alike].max())
+        for rows in alike.split(max(1, MAX_LOGITS // logits_per_row)):  # [R]
+            tokens = starts[rows, None] + torch.arange(count, device=q.device)  # [R, N]
+            out[tokens] = _attend(q[tokens], k_cache, v_cache, ragged, rows, scale, window, softcap, sinks)
+    return out
+
+
+def _attend(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    ragged: Ragged,
+    rows: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention of q [R, N, H, D], the queries of `rows` [R] -> [R, N, H, Dv]."""
+    num_kv_heads = k_cache.shape[2]
+    blocks, offsets, seen = _keys_of(ragged, rows, q.shape[1], window)  # [R, L], [R, L], [R, N, L]
+    k = k_cache[blocks, offsets].float()  # [R, L, Hk, D]
+    v = v_cache[blocks, offsets].float()  # [R, L, Hk, Dv]
+    grouped = q.float().unflatten(2, (num_kv_heads, -1))  # [R, N, Hk, G, D]
+    logits = torch.einsum("rnkgd,rlkd->rkgnl", grouped, k) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~seen[:, None, None], float("-inf"))
+    weights = _softmax(logits, None if sinks is None else sinks.float().view(num_kv_heads, -1, 1, 1))
+    return torch.einsum("rkgnl,rlkd->rnkgd", weights, v).flatten(2, 3).to(q.dtype)
+
+
+def _keys_of(ragged: Ragged, rows: Tensor, count: int, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the positions that these rows read lie, as blocks and offsets [R, L], and who sees them [R, N, L].
+
+    A row reads its live positions [low, high) and then `dead` more, whose addresses wrap around inside [low, high).
+    So do the positions that fill a short row up to L: nothing outside a row's own live positions is ever read.
+    """
+    device = rows.device
+    firsts, lengths, dead = (column[rows].long()[:, None] for column in (ragged.firsts, ragged.lengths, ragged.dead))
+    high = torch.minimum(firsts + count, lengths)  # [R, 1]; at least 1
+    low = torch.zeros_like(high)
+    if window is not None:
+        low = torch.minimum(firsts - window + 1, high - 1).clamp(min=0)
+    positions = low + torch.arange(int((high - low + dead).max()), device=device)  # [R, L]
+    address = low + (positions - low) % (high - low)
+    in_table = address // ragged.block
+    tables = ragged.tables[rows].long()  # [R, width]
+    blocks = tables.gather(1, in_table) if ragged.paged else tables[:, :1] + in_table
+    queries = (firsts + torch.arange(count, device=device))[..., None]  # [R, N, 1]
+    keys = positions[:, None]  # [R, 1, L]
+    seen = (keys < high[..., None]) & (keys <= queries)
+    if window is not None:
+        seen &= queries - keys < window
+    return blocks, address % ragged.block, seen
+
+
+def _softmax(logits: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax of [R, Hk, G, N, L] over L, `sinks` [Hk, G, 1, 1] joining the sum; 0 where all are -inf."""
+    top = logits.amax(-1, keepdim=True) if sinks is None else logits.amax(-1, keepdim=True).maximum(sinks)
+    top = top.clamp(min=torch.finfo(torch.float32).min)  # all -inf: 0 / tiny below, and no NaN
+    weights = torch.exp(logits - top)
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks - top)
+    return weights / total.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def copy_blocks(cache: Tensor, pairs: Tensor) -> None:
+    """Copy whole blocks of cache [layers, num_blocks, block, Hk, D] in all layers: pairs int64 [n, 2] (source, target).
+
+    All pairs are copied at once, in no order. That no block is a target twice, or a target and a source, is the
+    caller's contract; it is checked where that is free, for pairs on the CPU.
+    """
+    check_copy(cache, pairs)
+    sources, targets = pairs.to(cache.device).unbind(1)
+    cache[:, targets] = cache[:, sources]

@@ -1,0 +1,34 @@
+"""The benchmark needs a GPU; what it would run there is tried at a small size, its clock taken out."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from kernels import bench
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tries what happens where there is no GPU")
+
+
+@without_gpu
+def test_without_a_gpu_it_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main([]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("queries", [1, 32], ids=["decode", "prompt"])
+def test_what_is_measured_is_right(monkeypatch: pytest.MonkeyPatch, queries: int) -> None:
+    def once(call: Callable[[], object]) -> float:
+        call()
+        return 1.0
+
+    monkeypatch.setattr(bench, "median_us", once)
+    floors, rows = bench.measure_floors("cpu", size=2**10, side=8)
+    rows += bench.bench_attention("attention", bench.Shape(2, 4, 2, 32, 16), queries, floors, "cpu")
+    rows += bench.bench_moves(bench.Shape(2, 2, 2, 32, 16), 2, floors, "cpu")
+    variants = [row.variant for row in rows]
+    assert variants[3:5] == ["paged", "contiguous"]
+    assert rows[4].error is not None
+    assert rows[4].error < 0.01
+    assert [row.name for row in rows[-2:]] == ["store", "copy_blocks"]
+    assert all(len(row.line()) >= 60 for row in rows)
