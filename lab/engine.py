@@ -112,7 +112,7 @@ class Engine:
                 return
 
     def step(self, more: bool = False, next_s: float = math.inf) -> bool:
-        """One iteration; where there is nothing to do, wait until the scheduler asks to be called or `next_s`: False."""
+        """One iteration; where there is nothing to do, wait (to `next_s` at most): False."""
         self._read_inbox()
         start_s = self.executor.now
         plan = self.scheduler.schedule(start_s, more)
@@ -160,8 +160,8 @@ class Engine:
                 return
             policies = f"{type(self.scheduler).__name__} with {type(self.allocator).__name__}"
             raise RuntimeError(
-                f"{policies} plans no work, preempts nothing and waits for nothing while {len(self.groups)} requests are "
-                "in flight: a policy has a dead end"
+                f"{policies} plans no work, preempts nothing and waits for nothing while {len(self.groups)} requests "
+                "are in flight: a policy has a dead end"
             )
         self.executor.wait(until_s)
 

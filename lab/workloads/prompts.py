@@ -23,16 +23,17 @@ Encode = Callable[[str], list[int]]
 def read_prompts(path: Path, encode: Encode | None, max_tokens: int = MAX_TOKENS) -> list[Item]:
     """All prompts of the file as token ids; InputError names file, line, key and value of the first that is wrong.
 
-    `encode` turns the text of a prompt into token ids, and applies the chat template if there is one.
+    `encode` turns the text of a prompt into token ids, and applies the chat template if there is one. A prompt may also
+    be a list of token ids.
     """
     rows = [(f"{path} line {i}", line) for i, line in enumerate(read_text(path).split("\n"), start=1) if line.strip()]
-    if encode is None:
-        raise InputError(
-            f"{path.name} holds text and nothing here tokenises it: run a real model, or a workload of lengths"
-        )
     if not rows:
         raise InputError(f"{path} has no rows: give an object with a prompt on each line")
     parsed = [(where, _parse(where, line)) for where, line in rows]  # all of it before the first is encoded
+    if encode is None and any(isinstance(row["prompt"], str) for _, row in parsed):
+        raise InputError(
+            f"{path.name} holds text and nothing here tokenises it: run a real model, or a workload of lengths"
+        )
     return [_item(where, row, encode, max_tokens) for where, row in parsed]
 
 
@@ -44,8 +45,9 @@ def _parse(where: str, line: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise InputError(f'{where}: {line.strip()[:60]!r}: must be a JSON object such as {{"prompt": "Hello"}}')
     prompt = row.get("prompt")
-    if not isinstance(prompt, str) or not prompt:
-        raise InputError(f"{where}, key prompt: {prompt!r}: must be a text that is not empty")
+    ids = isinstance(prompt, list) and all(type(token) is int and token >= 0 for token in prompt)
+    if not prompt or not (isinstance(prompt, str) or ids):
+        raise InputError(f"{where}, key prompt: {str(prompt)[:60]!r}: must be text, or token ids, and not empty")
     for name in ("max_tokens", "output_tokens"):
         value = row.get(name)
         if value is not None and (type(value) is not int or value < 1):
@@ -56,8 +58,8 @@ def _parse(where: str, line: str) -> dict[str, Any]:
     return row
 
 
-def _item(where: str, row: dict[str, Any], encode: Encode, max_tokens: int) -> Item:
-    tokens = tuple(encode(row["prompt"]))
+def _item(where: str, row: dict[str, Any], encode: Encode | None, max_tokens: int) -> Item:
+    tokens = tuple(encode(row["prompt"]) if encode and isinstance(row["prompt"], str) else row["prompt"])
     if not tokens:
         raise InputError(f"{where}, key prompt: {row['prompt']!r}: gives no token: leave the row out")
     output = row.get("output_tokens")

@@ -1,0 +1,103 @@
+"""How far may one trust the virtual clock? The same requests on a real device and at its fitted pace.
+
+The paper has no such check; of simulators of LLM serving, Vidur reports latencies within 9 % (Agrawal et al.,
+MLSys'24). Runs are those of `fragmentation` on a real device, and found again if they are there. From each record step
+times are fitted as a function of tokens, positions read and sequences; then the same requests, policies and pool run on
+a virtual clock at that pace. Memory shares must agree within a point; throughput and latency say how good the fit is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments import fragmentation
+from lab import latency, metrics, plot
+from lab.core import InputError
+from lab.executors.simulated import FittedCost
+from lab.harness import Claim, Options
+from lab.record import Record
+from lab.run import Run, carry_out
+
+SHARES = ("stored", "reserved", "excess", "rounding", "free")
+RATES = ("output_tokens_per_s", "normalised_s", "ttft_s", "tpot_s")
+POINTS = 1.0
+MOVES = "h200"  # the machine whose prices Moves are charged at: the fit leaves steps with Moves out
+SHAPES = {"smollm2": "smollm2-135m"}
+
+
+def runs(options: Options) -> list[Run]:
+    changes = {"executor": "torch", **options.changes}
+    if changes["executor"] != "torch":
+        raise InputError(f"executor {changes['executor']!r}: this experiment checks the virtual clock against torch")
+    return fragmentation.runs(replace(options, changes=changes))
+
+
+def row(run: Run, record: Record) -> dict[str, Any]:
+    fit = FittedCost.fit(measured_steps(record))
+    twin = carry_out(_twin(run, fit, record), None).record()
+    shares = {"real": _shares(run, record), "virtual": _shares(run, twin)}
+    return {
+        "allocator": run.allocator,
+        "scheduler": run.scheduler,
+        "seed": run.seed,
+        "fit_error": 100 * fit.error,
+        **{f"{name}_{clock}": value for clock, values in shares.items() for name, value in values.items()},
+    }
+
+
+def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    mean = rows.groupby("allocator", sort=False).mean(numeric_only=True)
+    memory = {(s, c): mean[f"{s}_{c}"] for s in SHARES for c in ("real", "virtual")}
+    rates = {(s, c): mean[f"{s}_{c}"] for s in RATES for c in ("real", "virtual")}
+    return {
+        "per cent of the pool, on the real clock and on the virtual one": pd.DataFrame(memory).round(2),
+        "speed, on the real clock and on the virtual one (mean over requests)": pd.DataFrame(rates).round(3),
+        "error of the fitted step times, per cent of their sum": mean[["fit_error"]].round(1),
+    }
+
+
+def figure(rows: pd.DataFrame, header: Mapping[str, Any]) -> Figure:
+    return plot.agreement(rows, header, SHARES)
+
+
+def claims(rows: pd.DataFrame) -> list[Claim]:
+    off = {(r["allocator"], s): r[f"{s}_virtual"] - r[f"{s}_real"] for _, r in rows.iterrows() for s in SHARES}
+    (allocator, share), worst = max(off.items(), key=lambda item: abs(item[1]))
+    text = f"every share of the pool within {POINTS:g} point of the real clock's"
+    return [Claim(text, abs(worst) <= POINTS, f"worst is {share} of {allocator}, {worst:+.2f}")]
+
+
+def measured_steps(record: Record) -> list[tuple[float, ...]]:
+    """Rows (tokens, positions read, sequences, seconds) of the steps that only computed: no Move, nothing compiled."""
+    steps = record.steps
+    positions = record.samples.groupby("step")["computed"].sum().reindex(steps["step"]).fillna(0).to_numpy()
+    plain = (
+        (steps[["copied", "swapped_out", "swapped_in"]].sum(axis=1) == 0) & ~steps["compiled"] & (steps["tokens"] > 0)
+    )
+    columns = (steps["tokens"], pd.Series(positions), steps["seqs"], steps["end_s"] - steps["start_s"])
+    return list(zip(*(column[plain.to_numpy()].astype(float) for column in columns), strict=True))
+
+
+def _twin(run: Run, fit: FittedCost, record: Record) -> Run:
+    """The same run on a virtual clock; its step times lie in a file, as `--hardware` takes it."""
+    assert record.path is not None
+    path = record.path.parents[1] / "clock" / f"step-times-{record.path.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    measured_on = record.header["hardware"]
+    path.write_text(json.dumps({"hardware": MOVES, "measured_on": measured_on, "fit": asdict(fit)}, indent=1) + "\n")
+    shape = SHAPES.get(run.model, run.model.removeprefix("random:"))
+    return replace(run, executor="simulated", model=shape, hardware=str(path))
+
+
+def _shares(run: Run, record: Record) -> dict[str, float]:
+    window_s = fragmentation.window(run, record)
+    share = 100 * metrics.shares(record, window_s)
+    summary = latency.latency_summary(record)["mean"]
+    tokens_per_s = latency.throughput(record, window_s).output_tokens_per_s
+    return {**{s: share[s] for s in SHARES}, "output_tokens_per_s": tokens_per_s, **{s: summary[s] for s in RATES[1:]}}

@@ -1,0 +1,164 @@
+"""Experiments by name: `python -m lab.experiment fragmentation`. Without a name it lists them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import shlex
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import experiments
+from lab.allocators import ALLOCATORS
+from lab.core import InputError, unknown
+from lab.hardware import HARDWARE
+from lab.harness import Experiment, Options, perform
+from lab.run import EXECUTORS, check
+from lab.schedulers import PREEMPTION, SCHEDULERS
+from lab.shapes import SHAPES
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        return _main(sys.argv[1:] if arguments is None else arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(
+            f"error: results cannot be written ({error}): make room or choose --out; finished runs are kept",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: finished runs are kept, and the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+def names() -> list[str]:
+    return sorted(
+        module.name for module in pkgutil.iter_modules(experiments.__path__) if not module.name.startswith("_")
+    )
+
+
+def find(name: str) -> Experiment:
+    if name not in names():
+        raise InputError(unknown("experiment", name, names()))
+    module: Any = importlib.import_module(f"experiments.{name}")
+    return module
+
+
+def _main(arguments: list[str]) -> int:
+    if not arguments:
+        for name in names():
+            print(f"{name:16} {question(find(name))}")
+        print("\npython -m lab.experiment NAME runs one; python -m lab.experiment --help says how to vary it")
+        return 0
+    args = _parser().parse_args(arguments)
+    experiment = find(args.name)
+    options = _options(args)
+    runs = experiment.runs(options)
+    for run in runs:
+        check(run)
+    command = shlex.join(["python", "-m", "lab.experiment", *arguments])
+    return perform(experiment, runs, args.name, args.out, args.fresh, command)
+
+
+def question(experiment: Experiment) -> str:
+    return (experiment.__doc__ or "").strip().splitlines()[0]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lab.experiment",
+        description="Run an experiment; records, table, summary and figure go to --out.",
+        epilog=_epilog(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("name", help="one of: " + ", ".join(names()))
+    add("--allocator", metavar="A[,B...]", help="allocators instead of the experiment's own")
+    add("--scheduler", metavar="S[,T...]", help="schedulers instead of the experiment's own")
+    add("--preemption", choices=PREEMPTION, help="what happens to a request that must give up its memory")
+    add("--block-size", type=int, metavar="TOKENS", help="tokens per block")
+    add("--pool", metavar="SIZE", help="KV memory: tokens (15728), bytes (12GiB) or a share of what is free (90%%)")
+    add("--executor", choices=EXECUTORS, help="simulated: a virtual clock; torch: a real model on a real device")
+    add("--device", help="cpu, cuda or cuda:N (torch only)")
+    add("--hardware", help="whose pace the virtual clock keeps (simulated only)")
+    add("--model", help="a model, see below")
+    add("--workload", help="requests, see below")
+    add("--rate", type=float, metavar="REQ/S", help="requests that arrive per second")
+    add("--duration", type=float, metavar="S", help="seconds of arrivals; the run is cut off there")
+    add("--count", type=int, metavar="N", help="requests at most")
+    add("--steps", type=int, metavar="N", help="iterations after which a run is cut off")
+    add("--seeds", default="0", metavar="0,1,2 or 0-9", help="repeat with these seeds (default: 0)")
+    add("--out", type=Path, default=Path("results"), metavar="DIR", help="where results go (default: results)")
+    add(
+        "--quick",
+        action="store_true",
+        help="a small version, in seconds; claims about the paper's numbers are not judged",
+    )
+    add("--fresh", action="store_true", help="run again what has finished before")
+    return parser
+
+
+def _epilog() -> str:
+    """What the names may be, wrapped."""
+    named = "a JSON file of fitted step times"
+    models = (
+        f"on the virtual clock {', '.join(SHAPES)}; for torch smollm2, random:SHAPE, a folder, a .safetensors or .gguf"
+    )
+    lengths = "sharegpt, alpaca, opt13b-256, uniform:..., lognormal:..., adversarial, prompts, paper:PATH"
+    kinds = {
+        "allocators": ", ".join(ALLOCATORS.names()),
+        "schedulers": ", ".join(SCHEDULERS.names()),
+        "hardware": f"{', '.join(HARDWARE)}, or {named}",
+        "models": f"{models} or .gguf file, a name on the Hub",
+        "workloads": f"{lengths}, a trace (.csv, .parquet), a file of prompts (.jsonl); see python -m pydoc lab.workloads",
+        "your own": "--allocator my_module:MyAllocator, or a file in lab/allocators/; schedulers likewise",
+    }
+    wrap = textwrap.TextWrapper(width=100, subsequent_indent=" " * 13, break_on_hyphens=False)
+    return "\n".join(wrap.fill(f"{kind:12} {names}") for kind, names in kinds.items())
+
+
+def _options(args: argparse.Namespace) -> Options:
+    fields = {
+        "preemption": args.preemption,
+        "block": args.block_size,
+        "pool": args.pool,
+        "executor": args.executor,
+        "device": args.device,
+        "hardware": args.hardware,
+        "model": args.model,
+        "workload": args.workload,
+        "rate": args.rate,
+        "duration_s": args.duration,
+        "count": args.count,
+        "steps": args.steps,
+    }
+    return Options(
+        changes={name: value for name, value in fields.items() if value is not None},
+        allocators=args.allocator.split(",") if args.allocator else None,
+        schedulers=args.scheduler.split(",") if args.scheduler else None,
+        seeds=_seeds(args.seeds),
+        quick=args.quick,
+        out=args.out,
+    )
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        first, dash, last = text.partition("-")
+        seeds = list(range(int(first), int(last) + 1)) if dash else [int(seed) for seed in text.split(",")]
+        if not seeds or min(seeds) < 0:
+            raise ValueError
+        return seeds
+    except ValueError:
+        raise InputError(f"seeds {text!r}: give whole numbers from 0 on, as 0,1,2 or 0-9") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

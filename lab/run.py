@@ -1,0 +1,188 @@
+"""A Run names a point of an experiment: checked before any work, carried out into a record, found again by its key."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cache, lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lab.allocators import ALLOCATORS
+from lab.core import InputError, Limits, unknown
+from lab.engine import Engine
+from lab.executors.simulated import FittedCost, SimulatedExecutor
+from lab.hardware import hardware
+from lab.pool import PoolSize, pool_size
+from lab.record import FORMAT, Recorder, describe
+from lab.schedulers import PREEMPTION, SCHEDULERS, Scheduler
+from lab.shapes import shape
+from lab.sources import digest, sources
+from lab.workloads import Requests, workload
+from lab.workloads import describe as describe_workload
+
+EXECUTORS = ("simulated", "torch")
+DTYPES = ("float32", "bfloat16", "float16")
+COMMON = ("lab.engine", "lab.record", "lab.workloads")  # what every run uses, besides its policies
+MECHANISM = {"simulated": ("lab.executors.simulated",), "torch": ("lab.real",)}
+
+Progress = Callable[[float], None]  # told the share of a run that is done, in [0, 1]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Every setting that changes a result, and nothing else. The defaults are the paper's (Kwon et al., 6.1)."""
+
+    allocator: str = "paged"
+    scheduler: str = "continuous"
+    preemption: str = "recompute"
+    block: int = 16  # tokens
+    pool: str = "15728"  # tokens; or bytes ("12GiB"), or a share of free memory ("90%")
+    length: int = 2048  # longest sequence, prompt and output
+    executor: str = "simulated"
+    model: str = "opt-13b"
+    hardware: str = "a100-40gb"  # the virtual clock's: a name, or a JSON file of fitted step times
+    device: str = "cpu"  # torch's
+    dtype: str = "bfloat16"
+    workload: str = "sharegpt"
+    arrivals: str = "poisson"
+    rate: float | None = 4.0  # requests per second
+    duration_s: float | None = 900.0  # of the arrivals; the run is cut off there
+    count: int | None = None  # requests
+    steps: int | None = None  # the run is cut off there
+    seed: int = 0
+
+    @property
+    def simulated(self) -> bool:
+        return self.executor == "simulated"
+
+    def key(self) -> str:
+        """Names the record: these settings, the record's format and the source of every policy and mechanism used."""
+        policies = [ALLOCATORS.get(self.allocator), SCHEDULERS.get(self.scheduler)]
+        files = sources(policies, [*COMMON, *MECHANISM[self.executor]])
+        data = [Path(text) for text in (self.workload.split(":", 1)[-1], self.hardware)]
+        content = {str(path): digest([path]) for path in data if path.is_file()}
+        identity = json.dumps([FORMAT, asdict(self), digest(files), content], sort_keys=True)
+        return hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+
+def check(run: Run) -> None:
+    """Raise InputError for anything in a run that cannot work, before any work."""
+    for kind, value, known in (
+        ("executor", run.executor, EXECUTORS),
+        ("preemption", run.preemption, PREEMPTION),
+        ("dtype", run.dtype, DTYPES),
+    ):
+        if value not in known:
+            raise InputError(unknown(kind, value, known))
+    for name, number in (("rate", run.rate), ("duration", run.duration_s), ("count", run.count), ("steps", run.steps)):
+        if number is not None and not (number > 0 and math.isfinite(number)):
+            raise InputError(f"{name} {number}: must be a number above zero")
+    pool = pool_of(run)
+    scheduler = scheduler_of(run, pool.tokens)
+    if run.simulated:
+        executor_of(run, pool.tokens)
+    engine = Engine(scheduler, SimulatedExecutor(shape("opt-13b"), hardware("a100-40gb")))
+    requests = requests_of(run)
+    refused = [reason for request in requests if (reason := engine.refusal(request))]
+    if len(refused) == len(requests):
+        raise InputError(f"none of the {len(requests)} requests can ever run; {refused[0]}")
+
+
+def carry_out(run: Run, path: Path | None, tell: Progress = lambda share: None) -> Recorder:
+    """Serve the run's requests and write its record to `path` (kept in memory where None)."""
+    requests = requests_of(run)
+    pool = pool_of(run)
+    scheduler = scheduler_of(run, pool.tokens)
+    executor = executor_of(run, pool.tokens)
+    ended: list[int] = []
+    with Recorder(path, header_of(run, requests, pool)) as recorder:
+        engine = Engine(scheduler, executor, recorder, on_end=lambda group: ended.append(group.request.id))
+        steps = itertools.count(1)
+
+        def go_on() -> bool:
+            count = next(steps)
+            if count % 64 == 0 or not run.simulated:
+                shares = executor.now / (run.duration_s or math.inf), count / (run.steps or math.inf)
+                tell(min(1.0, max(*shares, len(ended) / len(requests))))
+            return count != run.steps
+
+        if not run.simulated:
+            executor.reset_clock()
+        engine.run(requests, run.duration_s or math.inf, go_on)
+        if not run.simulated:
+            recorder.header["device_memory"] = executor.memory._asdict()
+    return recorder
+
+
+def header_of(run: Run, requests: Requests, pool: PoolSize) -> dict[str, Any]:
+    where = run.hardware if run.simulated else real().device_name(run.device)
+    gpu = "" if run.simulated or run.device == "cpu" else where
+    header = describe(
+        model=run.model, workload=run.workload, seed=run.seed, simulated=run.simulated, hardware=where, gpu=gpu
+    )
+    return header | {"run": asdict(run), "pool": pool._asdict(), "requests": describe_workload(requests)}
+
+
+def requests_of(run: Run) -> Requests:
+    """The same object for runs that differ in policies only."""
+    return _requests(replace(run, allocator="", scheduler="", preemption="", pool="", block=1, hardware="", steps=None))
+
+
+@lru_cache(maxsize=4)
+def _requests(run: Run) -> Requests:
+    timed = run.arrivals != "all"
+    return workload(
+        run.workload,
+        rate_per_s=run.rate if timed else None,
+        duration_s=run.duration_s if timed else None,
+        count=run.count,
+        seed=run.seed,
+        arrivals=run.arrivals,
+        limit=run.length,
+        encode=None if run.simulated else lambda text: real().encoder(run.model)(text),
+    )
+
+
+def scheduler_of(run: Run, pool_tokens: int) -> Scheduler:
+    limits = Limits(length=run.length)
+    allocator = ALLOCATORS.get(run.allocator)(pool_tokens, run.block, limits)
+    return SCHEDULERS.get(run.scheduler)(allocator, limits, preemption=run.preemption)
+
+
+def pool_of(run: Run) -> PoolSize:
+    if not run.simulated:
+        return real().pool(run.pool, run.model, run.device, run.dtype, run.block)
+    model, (machine, _) = shape(run.model), clock(run.hardware)
+    free = hardware(machine).memory_bytes * hardware(machine).gpus - 2 * model.parameters
+    return pool_size(run.pool, model.kv_bytes_per_token(), run.block, max(free, 0))
+
+
+def executor_of(run: Run, pool_tokens: int) -> Any:
+    if not run.simulated:
+        return real().TorchExecutor(real().model(run.model, run.device, run.dtype), pool_tokens, run.block)
+    machine, step_times = clock(run.hardware)
+    return SimulatedExecutor(shape(run.model), hardware(machine), run.block, step_times=step_times)
+
+
+@cache
+def clock(name: str) -> tuple[str, FittedCost | None]:
+    """The machine whose pace the virtual clock keeps: by name, or as step times fitted to measurements on it."""
+    if not name.endswith(".json"):
+        return hardware(name).name, None
+    try:
+        measured = json.loads(Path(name).read_text(encoding="utf-8"))
+        return measured["hardware"], FittedCost(**measured["fit"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"hardware {name!r}: no file of fitted step times ({error}); name a machine instead") from None
+
+
+def real() -> ModuleType:
+    import lab.real  # torch takes seconds to import: only where a run asks for it
+
+    return lab.real
