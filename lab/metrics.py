@@ -161,7 +161,7 @@ def batch_size(record: Record, window_s: Window = None) -> Batch:
 
 def device_memory(record: Record) -> dict[str, int]:
     """Bytes of the device by use (weights, pool, activations), where the run had a device; empty otherwise."""
-    return dict(record.header.get("memory_bytes", {}))
+    return dict(record.header.get("device_memory", {}))
 
 
 def compiled_steps(record: Record, window_s: Window = None) -> int:

@@ -264,7 +264,7 @@ def test_device(served: Record) -> None:
     assert metrics.compiled_steps(served) == 1
     assert metrics.compiled_steps(served, (4, 9)) == 0
     assert metrics.device_memory(served) == {}
-    assert metrics.device_memory(record({"memory_bytes": {"weights": 5, "pool": 7}})) == {"weights": 5, "pool": 7}
+    assert metrics.device_memory(record({"device_memory": {"weights": 5, "pool": 7}})) == {"weights": 5, "pool": 7}
 
 
 def test_record_of_nothing() -> None:

@@ -43,8 +43,6 @@ THROUGH_INTERFACE = (
     "olmo",
     "olmo3",
     "olmoe",
-    "phimoe",
-    "qwen2_moe",
     "seed_oss",
 )
 THROUGH_SDPA = ("falcon",)  # asks no registry, but calls torch's attention function
@@ -76,6 +74,9 @@ def check_architecture(config: Any, name: str) -> None:
     if getattr(config, "alibi", False):
         reason = "adds ALiBi to the logits, which our attention does not"
         raise InputError(f"model {name!r}: {kind} with alibi=True {reason}: choose a checkpoint with rotary positions")
+    if getattr(config, "use_bidirectional_attention", False):
+        reason = "attends to later tokens too, which makes it an encoder"
+        raise InputError(f"model {name!r}: {kind} with use_bidirectional_attention=True {reason}: choose a decoder")
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         reason = f"has layers of kind {', '.join(sorted(kinds))}, of which only full and sliding attention run here"

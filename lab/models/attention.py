@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -110,8 +109,7 @@ class SdpaDoor(TorchFunctionMode):
         if function is not F.scaled_dot_product_attention:
             return function(*args, **kwargs)
         layer, self.layer = self.layer, self.layer + 1
-        with torch._C.DisableTorchFunctionSubclass():
-            out = _attend(self.attend, layer, args[0], args[1], args[2], kwargs.get("scale"))
+        out = _attend(self.attend, layer, args[0], args[1], args[2], kwargs.get("scale"))
         return out.transpose(1, 2).contiguous()  # [1, H, T, Dv], as torch returns it
 
 

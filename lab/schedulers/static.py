@@ -25,7 +25,7 @@ class Static(Scheduler):
         if not any(g.live for g in self.running):
             self._clear()
             self._form(plan, now, more)
-        behind = [g for g in self.running if any(s.computed == 0 or s.pending > 1 for s in g.live)]
+        behind = [g for g in self.running if any(map(_behind, g.live))]
         if behind:
             self.advance(self._rectangle(behind), plan, self.limits.tokens)
         else:
@@ -46,12 +46,17 @@ class Static(Scheduler):
     def _form(self, plan: Plan, now: float, more: bool) -> None:
         if not self.waiting:
             return
-        plan.wake_s = self.ready(now, more)
-        if plan.wake_s > now:
+        ready_s = self.ready(now, more)
+        if ready_s > now:
+            plan.wake_s = ready_s
             return
-        while self.waiting and len(self.running) < self.batch and self.admit(self.waiting[0], plan):
-            pass
-        self.width = max((len(s.tokens) for g in self.running for s in g.live), default=0)
+        num_rows = 0
+        while self.waiting and len(self.running) < self.batch:
+            num_rows += len(self.waiting[0].live)
+            if num_rows > self.limits.seqs or not self.admit(self.waiting[0], plan):
+                break
+        rows = [s for g in self.running for s in g.live]
+        self.width = max((len(s.tokens) if _behind(s) else s.computed for s in rows), default=0)
 
     def _rectangle(self, behind: list[Group]) -> list[Group]:
         """The first groups whose prompts, padded to the longest of them, stay under the cap of a step; at least one."""
@@ -80,6 +85,11 @@ class Static(Scheduler):
             for s in group.sequences:
                 self.allocator.release(s)
         self.running = []
+
+
+def _behind(s: Sequence) -> bool:
+    """Not all of its prompt (or of what a preemption lost) is computed: it cannot decode yet."""
+    return s.computed == 0 or s.pending > 1
 
 
 @SCHEDULERS.register("dynamic")
