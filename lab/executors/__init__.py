@@ -14,7 +14,10 @@ from lab.core import Plan, Sampled, Sequence
 
 
 class Executor(Protocol):
-    now: float  # s since the run began, on the wall or on a virtual clock
+    @property
+    def now(self) -> float:
+        """Seconds since the run began, on the wall or on a virtual clock."""
+        ...
 
     def launch(self, plan: Plan, tables: Mapping[Sequence, Seq[int]]) -> None:
         """Queue a step. `computed` of each sequence is still what it was before the step."""
