@@ -85,7 +85,11 @@ class Engine:
             return f"request {request.id} is in flight already; give each request an id of its own"
         if request.sampling.n > self.scheduler.limits.seqs:
             return f"request {request.id}: n={request.sampling.n} exceeds {self.scheduler.limits.seqs} sequences a step"
-        if not self.allocator.fits(request):
+        try:
+            fits = self.allocator.fits(request)
+        except InputError as error:
+            return str(error)
+        if not fits:
             return (
                 f"request {request.id}: {request.sampling.n} x {min(request.most, limit)} tokens do not fit an empty "
                 f"pool of {self.allocator.capacity} tokens under this allocator; enlarge it or lower max_tokens"

@@ -70,7 +70,7 @@ class Allocator:
 
     def fork(self, parent: Sequence, child: Sequence, length: int) -> bool:
         """The child's first `length` tokens become the parent's, all of them computed. Default: full copies."""
-        if child not in self.tables and not self.extend(child, length):
+        if not self.extend(child, length):
             return False
         self.copy(self.tables[parent], self.tables[child], length)
         return True

@@ -11,7 +11,7 @@ class Continuous(Scheduler):
     """Running sequences first, then whole prompts from the queue, in one mixed step under one cap on tokens.
 
     The head of the queue waits, and all others behind it, until there is memory for it. Nobody is admitted in a step
-    that preempted. A prompt longer than the cap is computed in chunks.
+    that preempted. A prompt longer than the cap is computed in chunks, of what the others leave.
     """
 
     def schedule(self, now: float, more: bool) -> Plan:
@@ -27,7 +27,7 @@ class Continuous(Scheduler):
             group = self.waiting[0]
             first = self._first_work(group)
             rows += len(group.live)
-            if rows > self.limits.seqs or (first > budget and (plan.work or first <= self.limits.tokens)):
+            if rows > self.limits.seqs or not budget or budget < first <= self.limits.tokens:
                 return
             if not self.admit(group, plan):
                 return

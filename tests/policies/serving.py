@@ -1,0 +1,179 @@
+"""Serve requests under one combination of policies, with the checksum model and no GPU, and watch every step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from random import Random
+
+from lab.allocators import ALLOCATORS, Allocator, account
+from lab.core import Group, InputError, Limits, Plan, Request, Sampled, SamplingParams, Sequence
+from lab.engine import Engine
+from lab.executors.checksum import ChecksumExecutor
+from lab.schedulers import SCHEDULERS
+from lab.workloads import workload
+
+MINE = "tests.policies.my_allocator:SizeClasses"  # registered nowhere, named by its import path
+LIMITS = Limits(seqs=12, tokens=24, length=64)  # prompts are up to 40 tokens long: more than a step computes
+BLOCK = {"random": 3, "adversarial": 4}
+STOP = tuple(range(8))  # of 97 tokens: an output is 12 tokens long on average
+TOO_LONG = 1000  # id of a request that no allocator can serve
+
+
+def random_requests(seed: int, count: int) -> list[Request]:
+    random = Random(seed)
+    requests = []
+    for id in range(count):
+        prompt = tuple(random.randrange(97) for _ in range(random.choice((1, 6, 20, 40))))
+        output = random.randint(1, 24)
+        sampling = SamplingParams(max_tokens=output + random.choice((0, 3)), n=random.randint(1, 3), seed=seed)
+        requests.append(Request(id, id / 3, prompt, output, sampling))
+    return requests
+
+
+def adversarial_requests(seed: int, count: int) -> list[Request]:
+    spec = f"adversarial:block={BLOCK['adversarial']},blocks=8,n=3,vocabulary=97"
+    return list(workload(spec, rate_per_s=3.0, count=count, seed=seed, limit=LIMITS.length))
+
+
+def with_stops(requests: list[Request]) -> list[Request]:
+    """Every other request ends by a stop token instead of a forced length."""
+    return [
+        r if r.id % 2 else replace(r, output=None, sampling=replace(r.sampling, stop=STOP, max_tokens=20))
+        for r in requests
+    ]
+
+
+def requests_for(allocator: str, kind: str, seed: int = 0, count: int = 40) -> list[Request]:
+    """Stop tokens too, unless the allocator is an oracle; and in the middle one request that must be refused.
+
+    The longer a request, the fewer its outputs, so that no single one needs a pool in which all others are at ease.
+    """
+    requests = {"random": random_requests, "adversarial": adversarial_requests}[kind](seed, count)
+    requests = [replace(r, sampling=replace(r.sampling, n=max(1, min(r.sampling.n, 64 // r.most)))) for r in requests]
+    try:
+        ALLOCATORS.get(allocator)(4096, BLOCK[kind], LIMITS).fits(Request(0, 0.0, range(4)))
+        requests = with_stops(requests)
+    except InputError:
+        pass
+    middle = len(requests) // 2
+    too_long = Request(TOO_LONG, requests[middle].arrival_s, range(LIMITS.length), 1)
+    return [*requests[:middle], too_long, *requests[middle:]]
+
+
+def smallest_pool(allocator: str, block: int, requests: Iterable[Request]) -> int:
+    """Tokens of the smallest pool in which each request fits alone: as tight as memory can be."""
+    served = [r for r in requests if r.id != TOO_LONG]
+    tokens = block
+    while not all(ALLOCATORS.get(allocator)(tokens, block, LIMITS).fits(r) for r in served):
+        tokens += block
+    return tokens
+
+
+class Watch:
+    """Implements the engine's Recorder: counts what happened, checks the account, cancels requests at random."""
+
+    def __init__(self, cancels: bool = True, accounts: bool = False) -> None:
+        self.engine: Engine  # set once there is one
+        self.random = Random(1)
+        self.cancels = cancels
+        self.accounts = accounts
+        self.count: Counter[str] = Counter()
+        self.refusals: dict[int, str] = {}
+        self.cancellations: dict[int, Group] = {}
+        self.extents: dict[Sequence, Seq[int]] = {}  # the tables of the step before
+
+    def arrived(self, time_s: float, request: Request) -> None: ...
+
+    def ended(self, time_s: float, s: Sequence, reason: str) -> None:
+        self.count[reason] += 1
+
+    def refused(self, time_s: float, request: Request, reason: str) -> None:
+        self.refusals[request.id] = reason
+
+    def cancelled(self, time_s: float, group: Group) -> None:
+        self.cancellations[group.request.id] = group
+        assert not any(s in self.engine.allocator.tables for s in group.sequences), "a cancelled group holds memory"
+        assert group not in self.engine.scheduler.host.saved, "a cancelled group holds host memory"
+
+    def step(
+        self,
+        start_s: float,
+        end_s: float,
+        plan: Plan,
+        sampled: Mapping[Sequence, list[Sampled]],
+        allocator: Allocator,
+        live: Iterable[Sequence],
+        ended: Iterable[Sequence],
+        waiting: int,
+        host_tokens: int,
+        compiled: bool = False,
+    ) -> None:
+        self.count["steps"] += 1
+        self.count["preempted"] += len(plan.preempted)
+        self.count["forked"] += len(plan.forked)
+        self.count["blocked"] += plan.blocked is not None
+        self.count["padded"] += bool(plan.padding)
+        self.count["chunked"] += any(s.pending > 1 and s not in sampled for s in plan.work)
+        assert sum(plan.work.values()) <= LIMITS.tokens, "more tokens in a step than its limit"
+        assert len(plan.work) <= LIMITS.seqs, "more sequences in a step than its limit"
+        if self.accounts:
+            self.count["accounts"] += 1
+            assert all(slots >= 0 for slots in account(allocator, live, ended))
+        self._extents(plan, allocator)
+        if self.cancels and self.count["steps"] % 10 == 0:
+            self._cancel()
+
+    def _extents(self, plan: Plan, allocator: Allocator) -> None:
+        """Counts extents that moved, and such that grew where they were, while their sequence ran."""
+        for s, table in allocator.tables.items():
+            before = self.extents.get(s)
+            if isinstance(table, range) and before and s.group not in plan.admitted and s.group not in plan.preempted:
+                self.count["relocated"] += table[0] != before[0]
+                self.count["grown"] += table[0] == before[0] and len(table) > len(before)
+        self.extents = dict(allocator.tables)
+
+    def _cancel(self) -> None:
+        scheduler = self.engine.scheduler
+        swapped = list(scheduler.host.saved)
+        states = {
+            "running": scheduler.running,
+            "waiting": [group for group in scheduler.waiting if group not in swapped],
+            "swapped": swapped,
+        }
+        state = min((state for state in states if states[state]), key=lambda state: self.count[f"cancel {state}"])
+        self.count[f"cancel {state}"] += 1
+        self.engine.cancel(self.random.choice(list(states[state])).request.id)
+
+
+def serve(
+    requests: list[Request],
+    allocator: str,
+    scheduler: str,
+    preemption: str,
+    pool: int,
+    block: int,
+    watch: Watch,
+) -> tuple[dict[int, Group], ChecksumExecutor]:
+    """Run to the end; the groups that completed, by request id, and the executor."""
+    memory = ALLOCATORS.get(allocator)(pool, block, LIMITS)
+    policy = SCHEDULERS.get(scheduler)(memory, LIMITS, preemption=preemption, batch=4, timeout_s=3.0)
+    executor = ChecksumExecutor(memory.num_blocks, block, host_blocks=policy.host.num_blocks)
+    groups: dict[int, Group] = {}
+    engine = Engine(policy, executor, watch, on_end=lambda group: groups.update({group.request.id: group}))
+    watch.engine = engine
+    empty = memory.idle()
+    engine.run(requests)
+    assert memory.idle() == empty, "memory leaked, or did not merge"
+    assert not memory.tables
+    assert not memory.asked
+    assert not memory.moves
+    assert not policy.host.saved
+    assert not policy.host.used, "host memory leaked"
+    assert not policy.running
+    assert not policy.waiting
+    assert not engine.groups
+    assert empty.free == memory.capacity
+    return groups, executor
