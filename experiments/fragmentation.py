@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from lab import latency, metrics, plot
 from lab.core import InputError
-from lab.harness import Claim, Options
+from lab.harness import Claim, Options, writing
 from lab.record import Record
 from lab.run import Run, carry_out, check, real, requests_of
 
@@ -41,18 +41,19 @@ PAPER = {  # figure 2, per cent of the pool; None where the figure prints no num
     "contiguous-oracle": (38.2, 25.2, 0.0, 36.6),
     "paged": (96.3, None, None, None),
 }
-BATCH = {
+BATCH = {  # figure 13a: mean requests batched, and our tolerance as a share of it
     "contiguous-max": (7.00, 0.0),
     "contiguous-pow2": (9.81, 0.03),
     "contiguous-oracle": (13.62, 0.05),
-}  # figure 13a
+}
 POINTS = 2.0  # tolerance of a mean over seeds
+PRESSED = 50.0  # per cent of iterations in which the queue waits for memory: below, the pool is larger than needed
 POINTS_POW2 = 3.5  # of Pow2's external & others, which a seed alone moves by 1.5 (one standard deviation)
 
 VIRTUAL = Run()  # the paper's setting
 GPU = Run(executor="torch", device="cuda", model="random:opt-13b", rate=16.0, duration_s=None, count=10_000, steps=6000)
 GPU_BYTES = 44e9  # weights, the paper's 12 GiB pool, activations
-ANSWER_TOKENS = 64  # at most, of the greedy pass that finds out how long the laptop's answers are
+ANSWER_TOKENS = 80  # at most, of the greedy pass that finds out how long the laptop's answers are
 LAPTOP = Run(
     executor="torch",
     model="smollm2",
@@ -69,10 +70,10 @@ LAPTOP = Run(
 
 def runs(options: Options) -> list[Run]:
     base = _base(options)
-    check(base)
     if options.quick:
         base = replace(base, **_quick(base))
     if not base.simulated and base.workload.startswith("prompts"):
+        check(base)
         base = replace(base, workload=str(_answers(base, options.out)))
     allocators = options.allocators or list(SYSTEMS)
     schedulers = options.schedulers or [base.scheduler]
@@ -87,7 +88,6 @@ def runs(options: Options) -> list[Run]:
 def row(run: Run, record: Record) -> dict[str, Any]:
     window_s = window(run, record)
     pool = 100 * metrics.shares(record, window_s)
-    paper = 100 * metrics.paper_shares(record, window_s)
     held = 100 * metrics.shares(record, window_s, of="held")
     batch = metrics.batch_size(record, window_s)
     blocked = metrics.blocked(record, window_s)
@@ -98,7 +98,9 @@ def row(run: Run, record: Record) -> dict[str, Any]:
         "seed": run.seed,
         "simulated": run.simulated,
         "paper_setting": _paper_setting(run),
-        **{name: paper[name] for name in SHARES},
+        "refused": int((record.events["kind"] == "refused").sum()),
+        **{name: pool[name] for name in SHARES[:3]},
+        "others": pool[["rounding", "cached", "free"]].sum(),
         **{name: pool[name] for name in ("ended", "rounding", "cached", "free")},
         "stored_of_held": held["stored"],
         "batch": batch.sequences,
@@ -111,13 +113,17 @@ def row(run: Run, record: Record) -> dict[str, Any]:
         "swapped": pressure.swapped_out + pressure.swapped_in,
         "output_tokens_per_s": latency.throughput(record, window_s).output_tokens_per_s,
         "normalised_s": latency.latency_summary(record).loc["normalised_s", "mean"],
-        "iterations": len(metrics.categories(record, window_s)),
+        "iterations": len(latency.during(record.steps, window_s)),
     }
 
 
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     mean = _mean(rows)
-    return {"per cent of the pool: paper, ours, deviation": _beside(mean), "what else was seen": _more(mean)}
+    scheduled = "" if mean.index.isin(rows["allocator"]).all() else " (continuous batching where no scheduler is named)"
+    return {
+        f"per cent of the pool: paper, ours, deviation{scheduled}": _beside(mean),
+        "what else was seen": _more(mean),
+    }
 
 
 def figure(rows: pd.DataFrame, header: Mapping[str, Any]) -> Figure:
@@ -132,18 +138,22 @@ def claims(rows: pd.DataFrame) -> list[Claim]:
     found += [_batch(mean, name, slack, judged) for name in BATCH if name in mean.index]
     order = [name for name in PAPER if name in mean.index]
     if len(order) > 1:
-        stored = mean.loc[order, "stored"]
-        text = "token states: " + " < ".join(SYSTEMS[name] for name in order)
-        seen = " < ".join(f"{share:.1f}" for share in stored)
-        found.append(Claim(text, stored.is_monotonic_increasing, seen + " % of the pool"))
+        found.append(_order(mean.loc[order]))
     if "paged" in mean.index:
         lost = mean.loc["paged", "rounding_tokens"]
-        found.append(
-            Claim(
-                "paging wastes less than a block per sequence", bool(lost < rows.attrs["block"]), f"{lost:.1f} tokens"
-            )
-        )
+        text = "paging wastes less than a block per sequence"
+        found.append(Claim(text, bool(lost < rows.attrs["block"]), f"{lost:.1f} tokens"))
     return found
+
+
+def _order(mean: pd.DataFrame) -> Claim:
+    """Of systems that want for memory: where requests do not queue for it, all hold the same."""
+    holds = bool(mean["stored"].diff().iloc[1:].gt(0).all())
+    text = "token states: " + " < ".join(SYSTEMS[name] for name in mean.index)
+    seen = ", ".join(f"{share:.1f}" for share in mean["stored"]) + " % of the pool"
+    if bool((mean["blocked"] < PRESSED).any()):
+        return Claim(text, None, seen + ", but not all had requests queue for memory")
+    return Claim(text, holds, seen)
 
 
 def _near(mean: pd.DataFrame, name: str, slack: int, judged: bool) -> Claim:
@@ -171,9 +181,8 @@ def _batch(mean: pd.DataFrame, name: str, slack: int, judged: bool) -> Claim:
 
 
 def _mean(rows: pd.DataFrame) -> pd.DataFrame:
-    """Over seeds; indexed by allocator, or allocator and scheduler where there are several."""
-    several = rows["scheduler"].nunique() > 1
-    label = rows["allocator"] + (" " + rows["scheduler"] if several else "")
+    """Over seeds; indexed by allocator, and by scheduler where it is not the paper's."""
+    label = rows["allocator"].where(rows["scheduler"] == "continuous", rows["allocator"] + " " + rows["scheduler"])
     mean = rows.groupby(label, sort=False).mean(numeric_only=True)
     return mean.rename_axis("allocator")
 
@@ -189,30 +198,36 @@ def _beside(mean: pd.DataFrame) -> pd.DataFrame:
 
 
 def _more(mean: pd.DataFrame) -> pd.DataFrame:
+    """A line per measure, which its name explains."""
     names = {
-        "rounding": "rounding %",
-        "free": "free %",
-        "ended": "ended %",
-        "stored_of_held": "stored of held %",
-        "batch": "batch",
-        "index": "ext. frag. index",
-        "blocked": "head blocked %",
-        "blocked_enough": "though enough free %",
+        "rounding": "% of pool: lost to rounding up",
+        "free": "% of pool: free",
+        "cached": "% of pool: kept for prefix hits",
+        "ended": "% of pool: of rows that ended",
+        "stored_of_held": "% of held: token states",
+        "batch": "requests running",
+        "index": "1 - largest hole / all free",
+        "blocked": "% of steps: queue waits for room",
+        "blocked_enough": "... though enough is free in all",
         "preemptions": "preemptions",
-        "recomputed": "recomputed tok.",
-        "swapped": "swapped tok.",
-        "output_tokens_per_s": "output tok/s",
-        "normalised_s": "s/token",
+        "recomputed": "tokens computed again",
+        "swapped": "tokens swapped out and in",
+        "refused": "requests refused: can never fit",
+        "output_tokens_per_s": "output tokens per s",
+        "normalised_s": "s per output token, queue included",
     }
-    return mean[list(names)].rename(columns=names).round(2).T
+    seen = mean[list(names)].rename(columns=names).T.loc[lambda table: (table != 0).any(axis=1)]
+    return seen.map(lambda value: "" if pd.isna(value) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2f}")
 
 
 def _base(options: Options) -> Run:
     """On a GPU with room for OPT-13B, else on the virtual clock; `--executor torch` on any machine."""
-    executor, device = options.changes.get("executor"), options.changes.get("device")
+    executor, device, pace = (options.changes.get(name) for name in ("executor", "device", "hardware"))
     if executor == "simulated" and device:
         raise InputError(f"device {device!r}: the virtual clock has none; leave --device out, or take --executor torch")
-    if executor == "simulated":
+    if pace and (executor == "torch" or device):
+        raise InputError(f"hardware {pace!r}: a real device keeps its own pace; leave --hardware out, or --executor")
+    if executor == "simulated" or pace:
         return options.apply(VIRTUAL)
     free = _free_gpu_bytes() if device != "cpu" else 0
     if (device or "").startswith("cuda") or free >= GPU_BYTES:
@@ -231,14 +246,15 @@ def _free_gpu_bytes() -> int:
 
 def _quick(base: Run) -> dict[str, Any]:
     if base.simulated:
-        return {"duration_s": min(base.duration_s or 90.0, 90.0)}
-    return {"steps": 300} if base.device != "cpu" else {"count": min(base.count or 8, 8)}
+        return {"duration_s": 90.0 if base.duration_s is None else min(base.duration_s, 90.0)}
+    return {"steps": 300} if base.device != "cpu" else {"count": 8 if base.count is None else min(base.count, 8)}
 
 
 def _paper_setting(run: Run) -> bool:
     theirs = (run.block, run.length, run.scheduler) == (16, 2048, "continuous") and run.pool in ("15728", "12GiB")
-    lengths = run.workload == "sharegpt" or run.workload.startswith("paper:")
-    saturated = (run.rate or 0) >= 4 and (run.duration_s == 900 if run.simulated else run.steps == 6000)
+    lengths = run.arrivals == "poisson" and (run.workload == "sharegpt" or run.workload.startswith("paper:"))
+    whole = (run.duration_s, run.count, run.steps) == (900, None, None) if run.simulated else run.steps == 6000
+    saturated = (run.rate or 0) >= 4 and whole
     return theirs and lengths and saturated and run.model.endswith("opt-13b")
 
 
@@ -247,7 +263,7 @@ def window(run: Run, record: Record) -> tuple[float, float]:
     steps = record.steps
     if run.steps:
         return float(steps["start_s"].iloc[min(run.steps // 6, len(steps) - 1)]), float(steps["end_s"].iloc[-1])
-    if run.duration_s:
+    if run.duration_s and run.duration_s / 3 < steps["end_s"].iloc[-1]:
         return run.duration_s / 3, run.duration_s
     queued = steps[steps["waiting"] > 0]
     return 0.0, float((queued if len(queued) else steps)["end_s"].iloc[-1])
@@ -255,15 +271,17 @@ def window(run: Run, record: Record) -> tuple[float, float]:
 
 def _answers(base: Run, out: Path) -> Path:
     """A file of real prompts and the lengths of the model's own greedy answers, which the oracles may then know."""
-    ask = replace(base, allocator="paged", arrivals="all", rate=None, duration_s=None, pool=str(32 * base.length))
+    at_once: dict[str, Any] = {"arrivals": "all", "rate": None, "duration_s": None, "steps": None}
+    ask = replace(base, allocator="paged", pool=str(32 * base.length), **at_once)
     path = out / "fragmentation" / f"answers-{ask.key()}.jsonl"
     if not path.exists():
         print(f"first the greedy answers of {ask.model} to {ask.count} prompts, for their lengths")
-        recorder = carry_out(ask, None)
-        record = recorder.record()
+        record = carry_out(ask, None).record()
         drawn = record.tokens.groupby("request").size()
         prompts = {request.id: request.prompt for request in requests_of(ask)}
         lines = [json.dumps({"prompt": list(prompts[i]), "output_tokens": int(n)}) for i, n in drawn.items()]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines) + "\n")
+        with writing(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".part").write_text("\n".join(lines) + "\n")
+            path.with_suffix(".part").rename(path)
     return path

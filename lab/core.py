@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
+import sys
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -204,10 +205,12 @@ class Registry:
         self.kind = kind
         self.package = package  # a file in its folder is an entry, with no list to edit
         self.entries: dict[str, Callable[..., Any]] = {}
+        self.homes: dict[str, str] = {}  # the module that registered it, whose source a result depends on
 
     def register(self, name: str) -> Callable[[F], F]:
         def add(factory: F) -> F:
             self.entries[name] = factory
+            self.homes[name] = sys._getframe(1).f_globals["__name__"]
             return factory
 
         return add
@@ -236,6 +239,9 @@ def load(path: str, kind: str) -> Callable[..., Any]:
     """The object at `module:attribute`."""
     module, _, attribute = path.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        found = importlib.import_module(module)
+        if hasattr(found, attribute):
+            return getattr(found, attribute)
+        raise ImportError(f"module {module} has no {attribute}")
+    except ImportError as error:
         raise InputError(f"{kind} {path!r} cannot be imported ({error}): give module:Class, on PYTHONPATH") from None

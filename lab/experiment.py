@@ -6,6 +6,7 @@ import argparse
 import importlib
 import pkgutil
 import shlex
+import signal
 import sys
 import textwrap
 from pathlib import Path
@@ -13,10 +14,10 @@ from typing import Any
 
 import experiments
 from lab.allocators import ALLOCATORS
-from lab.core import InputError, unknown
+from lab.core import InputError, Registry, unknown
 from lab.hardware import HARDWARE
-from lab.harness import Experiment, Options, perform
-from lab.run import EXECUTORS, check
+from lab.harness import Experiment, Options, make_room, perform
+from lab.run import ARRIVALS, EXECUTORS, check
 from lab.schedulers import PREEMPTION, SCHEDULERS
 from lab.shapes import SHAPES
 
@@ -26,12 +27,6 @@ def main(arguments: list[str] | None = None) -> int:
         return _main(sys.argv[1:] if arguments is None else arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(
-            f"error: results cannot be written ({error}): make room or choose --out; finished runs are kept",
-            file=sys.stderr,
-        )
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted: finished runs are kept, and the same command goes on from there", file=sys.stderr)
@@ -60,6 +55,7 @@ def _main(arguments: list[str]) -> int:
     args = _parser().parse_args(arguments)
     experiment = find(args.name)
     options = _options(args)
+    make_room(options.out)
     runs = experiment.runs(options)
     for run in runs:
         check(run)
@@ -83,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--allocator", metavar="A[,B...]", help="allocators instead of the experiment's own")
     add("--scheduler", metavar="S[,T...]", help="schedulers instead of the experiment's own")
     add("--preemption", choices=PREEMPTION, help="what happens to a request that must give up its memory")
+    add("--length", type=int, metavar="TOKENS", help="longest sequence, prompt and output")
     add("--block-size", type=int, metavar="TOKENS", help="tokens per block")
     add("--pool", metavar="SIZE", help="KV memory: tokens (15728), bytes (12GiB) or a share of what is free (90%%)")
     add("--executor", choices=EXECUTORS, help="simulated: a virtual clock; torch: a real model on a real device")
@@ -90,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--hardware", help="whose pace the virtual clock keeps (simulated only)")
     add("--model", help="a model, see below")
     add("--workload", help="requests, see below")
+    add("--arrivals", choices=ARRIVALS, help="when requests come; all: at once, trace: at the file's own times")
     add("--rate", type=float, metavar="REQ/S", help="requests that arrive per second")
     add("--duration", type=float, metavar="S", help="seconds of arrivals; the run is cut off there")
     add("--count", type=int, metavar="N", help="requests at most")
@@ -108,16 +106,14 @@ def _parser() -> argparse.ArgumentParser:
 def _epilog() -> str:
     """What the names may be, wrapped."""
     named = "a JSON file of fitted step times"
-    models = (
-        f"on the virtual clock {', '.join(SHAPES)}; for torch smollm2, random:SHAPE, a folder, a .safetensors or .gguf"
-    )
+    models = f"on the virtual clock {', '.join(SHAPES)}; for torch smollm2, random:SHAPE, a folder, a .safetensors"
     lengths = "sharegpt, alpaca, opt13b-256, uniform:..., lognormal:..., adversarial, prompts, paper:PATH"
     kinds = {
         "allocators": ", ".join(ALLOCATORS.names()),
         "schedulers": ", ".join(SCHEDULERS.names()),
         "hardware": f"{', '.join(HARDWARE)}, or {named}",
         "models": f"{models} or .gguf file, a name on the Hub",
-        "workloads": f"{lengths}, a trace (.csv, .parquet), a file of prompts (.jsonl); see python -m pydoc lab.workloads",
+        "workloads": f"{lengths}, a trace (.csv, .parquet), prompts (.jsonl); see python -m pydoc lab.workloads",
         "your own": "--allocator my_module:MyAllocator, or a file in lab/allocators/; schedulers likewise",
     }
     wrap = textwrap.TextWrapper(width=100, subsequent_indent=" " * 13, break_on_hyphens=False)
@@ -127,6 +123,7 @@ def _epilog() -> str:
 def _options(args: argparse.Namespace) -> Options:
     fields = {
         "preemption": args.preemption,
+        "length": args.length,
         "block": args.block_size,
         "pool": args.pool,
         "executor": args.executor,
@@ -134,6 +131,7 @@ def _options(args: argparse.Namespace) -> Options:
         "hardware": args.hardware,
         "model": args.model,
         "workload": args.workload,
+        "arrivals": args.arrivals,
         "rate": args.rate,
         "duration_s": args.duration,
         "count": args.count,
@@ -141,12 +139,22 @@ def _options(args: argparse.Namespace) -> Options:
     }
     return Options(
         changes={name: value for name, value in fields.items() if value is not None},
-        allocators=args.allocator.split(",") if args.allocator else None,
-        schedulers=args.scheduler.split(",") if args.scheduler else None,
+        allocators=_named(args.allocator, ALLOCATORS),
+        schedulers=_named(args.scheduler, SCHEDULERS),
         seeds=_seeds(args.seeds),
         quick=args.quick,
         out=args.out,
     )
+
+
+def _named(text: str | None, registry: Registry) -> list[str] | None:
+    """The names in a list with commas, each of which must exist; None where there is no list."""
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        registry.get(name)
+    return names
 
 
 def _seeds(text: str) -> list[int]:
@@ -161,4 +169,5 @@ def _seeds(text: str) -> list[int]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends it: finished runs are kept
     sys.exit(main())

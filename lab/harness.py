@@ -6,11 +6,15 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Mapping
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from multiprocessing import Array
+from multiprocessing import Array, active_children
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -21,9 +25,10 @@ from tqdm import tqdm
 from lab import plot
 from lab.core import InputError
 from lab.record import Record
-from lab.run import Progress, Run, carry_out
+from lab.run import Progress, Run, blame, carry_out
 
-RECORD_BYTES = 64 << 20  # room to be had for each record before any work
+HEADER = "header.json"  # beside every result, as in every record
+RECORD_BYTES = 16 << 20  # room to be had for each record before any work
 POLL_S = 0.2
 
 
@@ -47,14 +52,24 @@ class Options:
     out: Path
 
     def apply(self, run: Run) -> Run:
-        return Run(**{**asdict(run), **self.changes})
+        """The run with these changes. A rate spreads out what would come at once; a trace has its own times."""
+        changes = dict(self.changes)
+        if "rate" in changes and changes.get("arrivals") == "all":
+            raise InputError(
+                f"rate {changes['rate']}: requests that come all at once have none; leave one of the two out"
+            )
+        if "rate" in changes and run.arrivals == "all":
+            changes.setdefault("arrivals", "poisson")
+        if changes.get("arrivals") == "trace":
+            changes.setdefault("rate", None)
+        return Run(**{**asdict(run), **changes})
 
 
 class Experiment(Protocol):
     """What a file in `experiments/` defines; its docstring begins with the question."""
 
     def runs(self, options: Options) -> list[Run]:
-        """Every point, each allocator and scheduler with each seed."""
+        """Every point, each allocator and scheduler with each seed; InputError before any work."""
         ...
 
     def row(self, run: Run, record: Record) -> dict[str, Any]:
@@ -76,27 +91,25 @@ def perform(experiment: Experiment, runs: list[Run], name: str, results: Path, f
     Returns the exit status: 1 where a claim fails.
     """
     places = {run: results / "runs" / run.key() for run in runs}
-    out = results / name
-    make_room(out, places, fresh)
-    missing = {run: place for run, place in places.items() if not place.exists()}
+    missing = {run: place for run, place in places.items() if fresh or not place.exists()}
+    make_room(results, len(missing))
     if len(places) > len(missing):
         print(f"{len(places) - len(missing)} of {len(places)} runs are there already (--fresh runs them again)")
     carry_out_all(missing)
-    return report(experiment, places, out, command)
+    return report(experiment, places, results / name, command)
 
 
-def make_room(out: Path, places: Mapping[Run, Path], fresh: bool) -> None:
-    """Raise InputError before any work where the results would find no room."""
-    out.mkdir(parents=True, exist_ok=True)
-    if fresh:
-        for place in places.values():
-            shutil.rmtree(place, ignore_errors=True)
-    need = RECORD_BYTES * sum(not place.exists() for place in places.values())
-    free = shutil.disk_usage(out).free
+def make_room(results: Path, records: int = 0) -> None:
+    """Raise InputError where results cannot be written, or so many more records find no room."""
+    with writing(results):
+        results.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=results):
+            pass
+        free = shutil.disk_usage(results).free
+    need = RECORD_BYTES * records
     if free < need:
-        raise InputError(
-            f"{out}: {free >> 20} MiB free, records may take {need >> 20}: make room or choose another --out"
-        )
+        rule = f"{free >> 20} MiB free, {records} records may take {need >> 20}"
+        raise InputError(f"{results}: {rule}: make room or choose another --out")
 
 
 def carry_out_all(places: Mapping[Run, Path]) -> None:
@@ -105,28 +118,41 @@ def carry_out_all(places: Mapping[Run, Path]) -> None:
     real = {run: place for run, place in places.items() if not run.simulated}
     if not places:
         return
+    for place in places.values():
+        if not (place / HEADER).is_file():
+            shutil.rmtree(place, ignore_errors=True)  # no record, and in the way of one
     layout = "{desc} {percentage:3.0f}% |{bar}| {n:.1f} of {total} runs [{elapsed}<{remaining}]"
-    with tqdm(total=len(places), bar_format=layout, mininterval=POLL_S) as bar:
-        for i, (run, place) in enumerate(real.items()):
-            bar.set_description_str(run.allocator)
-            carry_out(run, place, partial(_show, bar, i))
-        if simulated:
-            bar.set_description_str("virtual clock")
-            _in_processes(simulated, partial(_show, bar, len(real)))
+    try:
+        with tqdm(total=len(places), bar_format=layout, mininterval=POLL_S, disable=None) as bar:
+            for i, (run, place) in enumerate(real.items()):
+                bar.set_description_str(run.allocator)
+                carry_out(run, place, partial(_show, bar, i))
+                _announce(bar, run)
+            if simulated:
+                bar.set_description_str("virtual clock")
+                _in_processes(simulated, partial(_show, bar, len(real)), partial(_announce, bar))
+    except BaseException:
+        for place in places.values():
+            for half_written in place.parent.glob(f".{place.name}.*"):
+                shutil.rmtree(half_written, ignore_errors=True)
+        raise
 
 
 def report(experiment: Experiment, places: Mapping[Run, Path], out: Path, command: str) -> int:
-    rows = pd.DataFrame([experiment.row(run, Record.load(place)) for run, place in places.items()])
+    rows = pd.DataFrame([_row(experiment, run, place) for run, place in places.items()])
     header = dict(Record.load(next(iter(places.values()))).header) | {"command": command}
     rows.attrs.update(block=header["block"], capacity=header["capacity"])
     tables = experiment.tables(rows)
     claims = experiment.claims(rows)
-    rows.to_csv(out / "rows.csv", index=False)
-    next(iter(tables.values())).to_csv(out / "table.csv")
-    plot.save(experiment.figure(rows, header), out / "figure")
-    summary = {"command": command, "claims": [claim._asdict() for claim in claims], "rows": rows.to_dict("records")}
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    (out / "header.json").write_text(json.dumps(header, indent=1) + "\n")
+    known = rows.astype(object).where(rows.notna(), None).to_dict("records")
+    summary = {"command": command, "claims": [claim._asdict() for claim in claims], "rows": known}
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        rows.to_csv(out / "rows.csv", index=False)
+        next(iter(tables.values())).to_csv(out / "table.csv")
+        plot.save(experiment.figure(rows, header), out / "figure")
+        (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
+        (out / HEADER).write_text(json.dumps(header, indent=1) + "\n")
     print(f"\n{_setting(header)}")
     for title, table in tables.items():
         print(f"\n{title}\n\n{table.to_string(na_rep='')}")
@@ -138,30 +164,69 @@ def report(experiment: Experiment, places: Mapping[Run, Path], out: Path, comman
     return int(any(claim.holds is False for claim in claims))
 
 
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Results into `folder`; InputError where the system will not have them."""
+    try:
+        yield
+    except OSError as error:
+        rule = f"results cannot be written there ({error.strerror or error})"
+        raise InputError(f"{folder}: {rule}; make room or choose another --out, finished runs are kept") from None
+
+
+def _row(experiment: Experiment, run: Run, place: Path) -> dict[str, Any]:
+    try:
+        with blame(run, lambda: "reading its record"):
+            return experiment.row(run, Record.load(place))
+    except InputError as error:
+        if str(place) not in str(error):
+            raise
+        raise InputError(f"{error} (--fresh does, or remove {place})") from None
+
+
 def _setting(header: Mapping[str, Any]) -> str:
     run = header["run"]
     clock = "SIMULATED, on a virtual clock at the pace of" if header["simulated"] else "measured on"
     pool = f"pool of {header['capacity']} tokens in blocks of {run['block']}"
     if header["pool"]["left_over"]:
-        pool += f" ({header['pool']['left_over']} bytes fill no block)"
-    rate = f"{run['rate']:g} requests/s" if run["arrivals"] != "all" else "all requests at once"
-    return f"{run['model']}, {pool}; {run['workload']}, {rate}; {clock} {header['hardware']}"
+        pool += f" (rounded down: {header['pool']['left_over'] / 1e6:.3g} MB fill no block)"
+    rate = f"{run['rate']:g} requests/s" if run["rate"] else "at its own times"
+    arrivals = "all at once" if run["arrivals"] == "all" else rate
+    workload = f"{header['requests']['requests']} requests of {run['workload']}, {arrivals}"
+    if header["requests"]["dropped"]:
+        workload += f" ({header['requests']['dropped']} rows left out: they reach {run['length']} tokens)"
+    return f"{run['model']}, {pool}; {workload}; {clock} {header['hardware']}"
 
 
 def _show(bar: Any, done: float, more: float) -> None:
     bar.update(done + more - bar.n)
 
 
-def _in_processes(places: Mapping[Run, Path], tell: Progress) -> None:
-    shares = Array("d", len(places), lock=False)
+def _announce(bar: Any, run: Run) -> None:
+    """A line per run where there is no terminal to draw a bar on."""
+    if bar.disable:
+        print(f"done: {run.allocator}, {run.scheduler}, seed {run.seed}", file=sys.stderr, flush=True)
+
+
+def _in_processes(places: Mapping[Run, Path], tell: Progress, finished: Callable[[Run], None]) -> None:
+    shares = Array("d", len(places) + 1, lock=False)  # of each run that is done; behind them: is it all over
     workers = ProcessPoolExecutor(min(os.cpu_count() or 1, len(places)), initializer=_share, initargs=(shares,))
     try:
-        todo = {workers.submit(_one, i, run, place) for i, (run, place) in enumerate(places.items())}
+        todo = {workers.submit(_one, i, run, place): run for i, (run, place) in enumerate(places.items())}
         while todo:
-            done, todo = wait(todo, POLL_S, FIRST_COMPLETED)
-            for future in done:
+            for future in wait(todo, POLL_S, FIRST_COMPLETED).done:
                 future.result()
-            tell(sum(shares))
+                finished(todo.pop(future))
+            tell(sum(shares[:-1]))
+    except BrokenProcessPool:
+        raise InputError(
+            "a process was killed in the midst of its run: free some memory and go on, finished runs are kept"
+        ) from None
+    except BaseException:
+        shares[-1] = 1.0
+        for worker in active_children():
+            os.kill(worker.pid or 0, signal.SIGINT)  # even out of a policy's endless loop
+        raise
     finally:
         workers.shutdown(wait=True, cancel_futures=True)
 
@@ -170,16 +235,25 @@ def _share(shares: Any) -> None:
     global _shares
     _shares = shares
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _one(i: int, run: Run, place: Path) -> None:
     def tell(share: float) -> None:
         _shares[i] = share
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the midst of a run: it cleans up after itself
+    if _shares[-1]:
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, _interrupt)
     carry_out(run, place, tell)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _shares[i] = 1.0
 
 
-_shares: Any = None  # of a worker process: progress of each run, seen by the parent
+def _interrupt(*_: object) -> None:
+    """In the midst of a run: it cleans up after itself, undisturbed by a second signal."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+_shares: Any = None  # of a worker process, seen by the parent

@@ -54,9 +54,13 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.close()
-        else:
+        try:
+            if kind is None:
+                self.close()
+        except BaseException:
+            self._sink.discard()
+            raise
+        if kind is not None:
             self._sink.discard()
 
     def arrived(self, time_s: float, request: Request) -> None:

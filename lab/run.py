@@ -6,15 +6,16 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lab.allocators import ALLOCATORS
-from lab.core import InputError, Limits, unknown
+from lab.allocators import ALLOCATORS, Allocator
+from lab.core import Group, InputError, Limits, Request, Sequence, unknown
 from lab.engine import Engine
 from lab.executors.simulated import FittedCost, SimulatedExecutor
 from lab.hardware import hardware
@@ -23,13 +24,15 @@ from lab.record import FORMAT, Recorder, describe
 from lab.schedulers import PREEMPTION, SCHEDULERS, Scheduler
 from lab.shapes import shape
 from lab.sources import digest, sources
-from lab.workloads import Requests, workload
+from lab.workloads import ARRIVALS, Requests, workload
 from lab.workloads import describe as describe_workload
+from lab.workloads.builtin import DATA
 
 EXECUTORS = ("simulated", "torch")
 DTYPES = ("float32", "bfloat16", "float16")
-COMMON = ("lab.engine", "lab.record", "lab.workloads")  # what every run uses, besides its policies
-MECHANISM = {"simulated": ("lab.executors.simulated",), "torch": ("lab.real",)}
+COMMON = ("lab.engine", "lab.pool", "lab.record", "lab.workloads")  # what every run uses, besides its policies
+VIRTUAL = ("lab.executors.simulated",)
+REAL = ("lab.real", "kernels.reference", "kernels.gpu")
 
 Progress = Callable[[float], None]  # told the share of a run that is done, in [0, 1]
 
@@ -64,11 +67,21 @@ class Run:
     def key(self) -> str:
         """Names the record: these settings, the record's format and the source of every policy and mechanism used."""
         policies = [ALLOCATORS.get(self.allocator), SCHEDULERS.get(self.scheduler)]
-        files = sources(policies, [*COMMON, *MECHANISM[self.executor]])
+        named = (ALLOCATORS.homes.get(self.allocator), SCHEDULERS.homes.get(self.scheduler))
+        homes = [module for module in named if module]  # import paths have none
+        files = sources(policies, [*homes, *COMMON, *(VIRTUAL if self.simulated else REAL)])
+        files |= {path for path in DATA.iterdir() if path.is_file()}
         data = [Path(text) for text in (self.workload.split(":", 1)[-1], self.hardware)]
         content = {str(path): digest([path]) for path in data if path.is_file()}
-        identity = json.dumps([FORMAT, asdict(self), digest(files), content], sort_keys=True)
+        weights = [] if self.simulated else stamps(Path(self.model).expanduser())
+        identity = json.dumps([FORMAT, asdict(self), digest(files), content, weights], sort_keys=True)
         return hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+
+def stamps(model: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of a local model's files: gigabytes are not read for a key."""
+    files = sorted(model.iterdir()) if model.is_dir() else [model] if model.is_file() else []
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 
 
 def check(run: Run) -> None:
@@ -77,6 +90,7 @@ def check(run: Run) -> None:
         ("executor", run.executor, EXECUTORS),
         ("preemption", run.preemption, PREEMPTION),
         ("dtype", run.dtype, DTYPES),
+        ("arrivals", run.arrivals, ARRIVALS),
     ):
         if value not in known:
             raise InputError(unknown(kind, value, known))
@@ -84,14 +98,69 @@ def check(run: Run) -> None:
         if number is not None and not (number > 0 and math.isfinite(number)):
             raise InputError(f"{name} {number}: must be a number above zero")
     pool = pool_of(run)
-    scheduler = scheduler_of(run, pool.tokens)
-    if run.simulated:
-        executor_of(run, pool.tokens)
+    longest = (
+        shape(run.model).max_length if run.simulated else real().model(run.model, run.device, run.dtype).max_length
+    )
+    if not 3 <= run.length <= longest:
+        raise InputError(
+            f"length {run.length}: model {run.model!r} takes 3 to {longest} tokens a sequence: change one of them"
+        )
+    with blame(run, lambda: "before any work"):
+        scheduler = scheduler_of(run, pool.tokens)
+        if run.simulated:
+            executor_of(run, pool.tokens)
+        check_requests(run, scheduler)
+
+
+def check_requests(run: Run, scheduler: Scheduler) -> None:
+    """Can any of the run's requests ever be served, and does the allocator know what it must know of all of them?"""
     engine = Engine(scheduler, SimulatedExecutor(shape("opt-13b"), hardware("a100-40gb")))
-    requests = requests_of(run)
-    refused = [reason for request in requests if (reason := engine.refusal(request))]
-    if len(refused) == len(requests):
-        raise InputError(f"none of the {len(requests)} requests can ever run; {refused[0]}")
+    allocator, requests = scheduler.allocator, requests_of(run)
+    for request in requests:
+        if request.output is None:
+            allocator.wants(Group(request).live[0])  # an oracle's word that it cannot tell
+    reasons = [engine.refusal(request) for request in requests]
+    if None not in reasons:
+        rule = f"none of the {len(requests)} requests can ever run"
+        raise InputError(f"allocator {run.allocator!r}: {rule}; {reasons[0]}")
+    wrong = nonsense(allocator, requests[reasons.index(None)])
+    if wrong:
+        raise InputError(f"allocator {run.allocator!r}, with one request in an empty pool: {wrong}")
+
+
+def nonsense(allocator: Allocator, request: Request) -> str:
+    """What is wrong with the allocator's answers when one request that fits comes and goes; empty if nothing."""
+    group = Group(request)
+    leader: Sequence = group.live[0]
+    hit = allocator.admit(group)
+    if type(hit) is not int or not 0 <= hit < len(request.prompt):
+        return (
+            f"admit() returned {hit!r}: must be the number of prompt tokens found in memory, 0 without a prefix cache"
+        )
+    if not allocator.extend(leader, len(request.prompt)):
+        return f"extend() found no room for a prompt of {len(request.prompt)} tokens, though fits() said yes"
+    if len(allocator.tables.get(leader, ())) * allocator.block < len(request.prompt) or leader not in allocator.asked:
+        return f"tables or asked lack what {len(request.prompt)} tokens need: both must say what was granted"
+    for s in group.live:
+        allocator.release(s)
+    idle = allocator.idle()
+    if idle.free + idle.cached != allocator.capacity:
+        return (
+            f"after release() idle() is {tuple(idle)}: free and cached must sum to the capacity, {allocator.capacity}"
+        )
+    return ""
+
+
+@contextmanager
+def blame(run: Run, when: Callable[[], str]) -> Iterator[None]:
+    """Say which policies an unforeseen error came from. Its traceback stays: it may be for the policy's author."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        error.add_note(f"{when()}: allocator {run.allocator!r}, scheduler {run.scheduler!r}, seed {run.seed}")
+        raise
 
 
 def carry_out(run: Run, path: Path | None, tell: Progress = lambda share: None) -> Recorder:
@@ -101,8 +170,9 @@ def carry_out(run: Run, path: Path | None, tell: Progress = lambda share: None) 
     scheduler = scheduler_of(run, pool.tokens)
     executor = executor_of(run, pool.tokens)
     ended: list[int] = []
+    eos = () if run.simulated else executor.model.eos
     with Recorder(path, header_of(run, requests, pool)) as recorder:
-        engine = Engine(scheduler, executor, recorder, on_end=lambda group: ended.append(group.request.id))
+        engine = Engine(scheduler, executor, recorder, eos=eos, on_end=lambda group: ended.append(group.request.id))
         steps = itertools.count(1)
 
         def go_on() -> bool:
@@ -114,7 +184,8 @@ def carry_out(run: Run, path: Path | None, tell: Progress = lambda share: None) 
 
         if not run.simulated:
             executor.reset_clock()
-        engine.run(requests, run.duration_s or math.inf, go_on)
+        with blame(run, lambda: f"in step {recorder.now}"):
+            engine.run(requests, run.duration_s or math.inf, go_on)
         if not run.simulated:
             recorder.header["device_memory"] = executor.memory._asdict()
     return recorder
@@ -134,7 +205,7 @@ def requests_of(run: Run) -> Requests:
     return _requests(replace(run, allocator="", scheduler="", preemption="", pool="", block=1, hardware="", steps=None))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _requests(run: Run) -> Requests:
     timed = run.arrivals != "all"
     return workload(
@@ -159,8 +230,12 @@ def pool_of(run: Run) -> PoolSize:
     if not run.simulated:
         return real().pool(run.pool, run.model, run.device, run.dtype, run.block)
     model, (machine, _) = shape(run.model), clock(run.hardware)
-    free = hardware(machine).memory_bytes * hardware(machine).gpus - 2 * model.parameters
-    return pool_size(run.pool, model.kv_bytes_per_token(), run.block, max(free, 0))
+    free = max(0, hardware(machine).memory_bytes * hardware(machine).gpus - 2 * model.parameters)
+    pool = pool_size(run.pool, model.kv_bytes_per_token(), run.block, free)
+    if pool.tokens * model.kv_bytes_per_token() > free:
+        rule = f"{machine} has {free / 1e9:.1f} GB free beside the weights of {model.name}"
+        raise InputError(f"pool size {run.pool!r}: {rule}; make it smaller or name a larger --hardware")
+    return pool
 
 
 def executor_of(run: Run, pool_tokens: int) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import inspect
 import sys
 import sysconfig
@@ -98,8 +99,10 @@ def _files(module: str, ours: frozenset[str]) -> frozenset[Path]:
 
 
 def _spec(name: str, where: list[str] | None) -> ModuleSpec | None:
-    """Of a module found on a path, or, as in an editable install, by a finder of its own."""
-    spec = PathFinder.find_spec(name, where)
-    if spec is None and where is None and name in sys.modules:
-        return getattr(sys.modules[name], "__spec__", None)
-    return spec
+    """Of a top-level module from whoever finds it (an editable install may), of those below from their folder."""
+    if where is not None:
+        return PathFinder.find_spec(name, where)
+    try:
+        return importlib.util.find_spec(name)
+    except ValueError:  # of a module that is there without a file
+        return None

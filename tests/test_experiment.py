@@ -1,0 +1,373 @@
+"""`python -m lab.experiment` from end to end on tiny runs: what it prints, writes, finds again and takes in."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+import lab.harness
+from experiments import fragmentation
+from lab.experiment import main, names
+from lab.record import Record
+from lab.run import Run, carry_out
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+Command = Callable[..., int]
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    """`fragmentation` for 20 s of paged on the virtual clock, into tmp_path, with these arguments added."""
+
+    def call(*arguments: str) -> int:
+        return main(
+            ["fragmentation", "--executor", "simulated", "--duration", "20", "--out", str(tmp_path), *arguments]
+        )
+
+    return call
+
+
+def rows(out: Path) -> pd.DataFrame:
+    return pd.read_csv(out / "fragmentation" / "rows.csv")
+
+
+def forbidden(*_: Any) -> None:
+    raise AssertionError("a finished run was run again")
+
+
+# -- what it prints and writes
+
+
+def test_without_a_name_it_lists_the_questions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[: len(names())]] == names() == ["clock", "fragmentation"]
+    assert all("?" in line for line in lines[: len(names())])
+    assert "--help" in lines[-1]
+
+
+def test_help_names_everything_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    for word in ("paged-oracle", "continuous", "a100-40gb", "opt-13b", "smollm2", "sharegpt", "my_module:", "--fresh"):
+        assert word in said
+
+
+def test_a_run_writes_and_prints_its_results(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("--allocator", "paged,contiguous-oracle", "--seeds", "0,1") == 0
+    out, _ = capsys.readouterr()
+    folder = tmp_path / "fragmentation"
+    made = {"table.csv", "rows.csv", "summary.json", "header.json", "figure.png", "figure.svg"}
+    assert {path.name for path in folder.iterdir()} == made
+    records = [Record.load(path) for path in (tmp_path / "runs").iterdir()]
+    assert {(r.header["run"]["allocator"], r.header["seed"]) for r in records} == {
+        (allocator, seed) for allocator in ("paged", "contiguous-oracle") for seed in (0, 1)
+    }
+    assert list(rows(tmp_path)["allocator"]) == ["paged", "paged", "contiguous-oracle", "contiguous-oracle"]
+    shares = rows(tmp_path)[["stored", "ended", "reserved", "excess", "rounding", "cached", "free"]].sum(axis=1)
+    assert shares.to_numpy() == pytest.approx(100)
+    header = json.loads((folder / "header.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
+    for told in (header["command"], summary["command"]):
+        assert told.startswith("python -m lab.experiment fragmentation --executor simulated")
+    assert header["simulated"]
+    assert header["run"]["duration_s"] == 20
+    assert "SIMULATED" in out
+    assert "a100-40gb" in out
+    for word in ("paper", "ours", "dev.", "token states", "96.3", "38.2", "queue waits for room"):
+        assert word in out
+    table = pd.read_csv(folder / "table.csv", header=[0, 1], index_col=0)
+    mean = rows(tmp_path).groupby("allocator")["stored"].mean()
+    assert table["token states", "ours"].to_dict() == pytest.approx(mean.to_dict(), abs=0.051)
+    assert table["token states", "paper"].to_dict() == {"paged": 96.3, "contiguous-oracle": 38.2}
+
+
+def test_each_claim_is_judged_and_a_false_one_is_status_1(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command("--allocator", "paged,contiguous-max") == 0
+    out = capsys.readouterr().out
+    assert "not judged vLLM: every share within 4 points of figure 2" in out, "20 s are not the paper's setting"
+    assert "holds      paging wastes less than a block per sequence" in out
+    assert "FAILS" not in out
+    monkeypatch.setattr(fragmentation, "_paper_setting", lambda run: True)
+    monkeypatch.setattr(fragmentation, "PAPER", {"paged": (5.0, None, None, None)})
+    assert command("--allocator", "paged,contiguous-max") == 1
+    assert "FAILS      vLLM: every share within 4 points" in capsys.readouterr().out
+    claims = json.loads((tmp_path / "fragmentation" / "summary.json").read_text())["claims"]
+    assert [claim["holds"] for claim in claims].count(False) == 1
+
+
+@pytest.mark.parametrize(
+    ("run", "judged"),
+    [
+        (Run(), True),
+        (Run(seed=3, rate=5.0), True),
+        (Run(workload="paper:sharegpt.csv"), True),
+        (Run(steps=5), False),
+        (Run(count=5), False),
+        (Run(duration_s=90), False),
+        (Run(rate=1.0), False),
+        (Run(arrivals="all"), False),
+        (Run(block=32), False),
+        (Run(scheduler="static"), False),
+        (Run(workload="alpaca"), False),
+        (fragmentation.GPU, True),
+        (fragmentation.LAPTOP, False),
+    ],
+)
+def test_only_the_papers_setting_is_judged_by_its_numbers(run: Run, judged: bool) -> None:
+    assert fragmentation._paper_setting(run) == judged
+
+
+def test_order_is_claimed_only_under_pressure() -> None:
+    def claim(stored: list[float], blocked: float) -> bool | None:
+        index = ["contiguous-max", "paged"]
+        return fragmentation._order(pd.DataFrame({"stored": stored, "blocked": blocked}, index=index)).holds
+
+    assert claim([20.0, 96.0], 90.0) is True
+    assert claim([96.0, 96.0], 90.0) is False
+    assert claim([20.0, 96.0], 10.0) is None
+
+
+def test_a_run_that_ends_at_once_has_a_table_too(command: Command, tmp_path: Path) -> None:
+    assert command("--allocator", "paged", "--steps", "1") == 0
+    assert command("--allocator", "paged", "--count", "1") == 0
+    assert rows(tmp_path)["iterations"].item() > 1
+
+
+# -- variations
+
+
+def test_schedulers_side_by_side(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--quick", "--allocator", "paged", "--scheduler", "static,dynamic,continuous") == 0
+    ended = rows(tmp_path).set_index("scheduler")["ended"]
+    assert ended["static"] > 1
+    assert ended["dynamic"] > 1
+    assert ended["continuous"] == 0
+    out = capsys.readouterr().out
+    assert "paged static" in out
+    assert "of rows that ended" in out
+    columns = pd.read_csv(tmp_path / "fragmentation" / "table.csv", header=[0, 1], index_col=0)["token states", "paper"]
+    assert columns.to_dict() == {
+        "paged static": pytest.approx(float("nan"), nan_ok=True),
+        "paged dynamic": pytest.approx(float("nan"), nan_ok=True),
+        "paged": 96.3,
+    }, "the paper's value stands beside the paper's scheduler alone"
+
+
+def test_swapping(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--allocator", "paged", "--preemption", "swap", "--pool", "6000") == 0
+    row = rows(tmp_path).iloc[0]
+    assert row["swapped"] > 0
+    assert row["recomputed"] == 0
+    assert row["preemptions"] > 0
+    assert "tokens swapped out and in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("block", [1, 256])
+def test_block_sizes(block: int, command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--allocator", "paged,contiguous-pow2", "--block-size", str(block)) == 0
+    assert (rows(tmp_path).set_index("allocator").loc["paged", "rounding"] == 0) == (block == 1)
+    assert ("rounded down" in capsys.readouterr().out) == (block == 256), "15728 is no multiple of 256"
+
+
+def test_a_trace_at_its_own_times(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,10,5\n3,10,5\n7.5,2000,100\n")
+    assert command("--allocator", "paged", "--workload", str(trace), "--arrivals", "trace") == 0
+    (record,) = (Record.load(path) for path in (tmp_path / "runs").iterdir())
+    assert list(record.requests["arrival_s"]) == [0, 3]
+    assert "at its own times (1 rows left out: they reach 2048 tokens)" in capsys.readouterr().out
+
+
+def test_the_virtual_clock_needs_no_torch(tmp_path: Path) -> None:
+    program = (
+        "import sys; from lab.experiment import main\n"
+        "status = main(sys.argv[1:]); print('HEAVY', {'torch', 'transformers', 'triton'} & set(sys.modules))"
+    )
+    arguments = ["fragmentation", "--hardware", "a100-40gb", "--duration", "5", "--allocator", "paged"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments, "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        check=True,
+    )
+    assert "HEAVY set()" in done.stdout
+    assert "\r" not in done.stderr, "no bar where there is no terminal"
+    assert done.stderr.splitlines() == ["done: paged, continuous, seed 0"]
+
+
+def test_on_a_terminal_there_is_a_bar(
+    command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert command("--allocator", "paged") == 0
+    shown = capsys.readouterr().err
+    assert "\r" in shown
+    assert "1.0 of 1 runs" in shown
+    assert "done:" not in shown
+
+
+# -- found again, interrupted, run again
+
+
+def test_finished_runs_are_found_again(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command("--allocator", "paged,paged-max") == 0
+    first = rows(tmp_path)
+    shutil.rmtree(tmp_path / "fragmentation")
+    monkeypatch.setattr(lab.harness, "carry_out", forbidden)
+    start = time.perf_counter()
+    assert command("--allocator", "paged,paged-max") == 0
+    assert time.perf_counter() - start < 5, "redrawing takes about a second on a fast core"
+    pd.testing.assert_frame_equal(rows(tmp_path), first)
+    assert "2 of 2 runs are there already" in capsys.readouterr().out
+    with pytest.raises(AssertionError, match="run again"):
+        command("--allocator", "paged,paged-max,paged-pow2")
+
+
+def test_fresh_runs_again_and_replaces(command: Command, tmp_path: Path) -> None:
+    assert command("--allocator", "paged") == 0
+    (record,) = (tmp_path / "runs").iterdir()
+    before = (record / "header.json").stat().st_mtime_ns
+    assert command("--allocator", "paged", "--fresh") == 0
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [record.name]
+    assert (record / "header.json").stat().st_mtime_ns > before
+
+
+def interrupted(*victims: str) -> Callable[..., Any]:
+    """carry_out, except that Ctrl-C comes in the midst of the victims."""
+
+    def call(run: Run, place: Path | None, tell: Callable[[float], None] = lambda share: None) -> Any:
+        def told(share: float) -> None:
+            tell(share)
+            if run.allocator in victims and share > 0.3:
+                raise KeyboardInterrupt
+
+        return carry_out(run, place, told)
+
+    return call
+
+
+def test_an_interrupted_command_goes_on(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three = ("--allocator", "paged,paged-max,paged-pow2")
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(lab.harness, "carry_out", interrupted("paged-max", "paged-pow2"))
+    assert command(*three) == 130
+    assert "finished runs are kept" in capsys.readouterr().err
+    kept = list((tmp_path / "runs").iterdir())
+    assert [Record.load(path).header["run"]["allocator"] for path in kept] == ["paged"], "and no temporary folder"
+    monkeypatch.setattr(lab.harness, "carry_out", interrupted("paged"))  # which must not be run again
+    assert command(*three) == 0
+    assert "1 of 3 runs are there already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_at_once(kill: signal.Signals, tmp_path: Path) -> None:
+    """To the parent alone, which takes its workers with it; they would run for minutes."""
+    arguments = ["fragmentation", "--hardware", "a100-40gb", "--duration", "4000", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lab.experiment", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+    )
+    runs = tmp_path / "runs"
+    until = time.monotonic() + 30
+    while not (runs.is_dir() and any(runs.iterdir())) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert any(runs.iterdir()), "runs have begun"
+    process.send_signal(kill)
+    _, error = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    assert "finished runs are kept" in error
+    assert not list(runs.iterdir()), "neither half a record nor a temporary folder"
+
+
+# -- policies of somebody else's
+
+MINE = """
+from lab.allocators.paged import Paged
+from lab.schedulers.continuous import Continuous
+
+class Mine(Paged):
+    "Paging that asks for 100 tokens more."
+    def wants(self, s):
+        return super().wants(s) + 100
+
+class Patient(Continuous):
+    "Plans nothing that the paper's scheduler would not."
+"""
+
+
+def test_ones_own_policies_appear(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.py").write_text(MINE)
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}"}
+    arguments = ["--hardware", "a100-40gb", "--duration", "20", "--allocator", "mine:Mine,paged"]
+    arguments += ["--scheduler", "mine:Patient,continuous", "--out", "results"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lab.experiment", "fragmentation", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,  # `python -m` finds modules where it is called
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "done: mine:Mine, mine:Patient, seed 0" in done.stderr
+    table = pd.read_csv(tmp_path / "results" / "fragmentation" / "table.csv", header=[0, 1], index_col=0)
+    assert list(table.index) == ["mine:Mine mine:Patient", "mine:Mine", "paged mine:Patient", "paged"]
+    seen = rows(tmp_path / "results").set_index(["allocator", "scheduler"])["excess"]
+    assert seen["mine:Mine", "continuous"] > seen["paged", "continuous"]
+    figure = (tmp_path / "results" / "fragmentation" / "figure.svg").read_text()
+    assert "Mine" in figure
+    assert "Patient" in figure
+
+
+def test_a_file_in_the_folder_registers_itself(tmp_path: Path) -> None:
+    for package in ("lab", "experiments"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    text = """
+        from functools import partial
+        from lab.allocators import ALLOCATORS
+        from lab.allocators.paged import Paged
+        ALLOCATORS.register("half")(partial(Paged, reserve="max"))
+    """
+    (tmp_path / "lab" / "allocators" / "dropped.py").write_text(textwrap.dedent(text))
+    arguments = ["--hardware", "h200", "--duration", "5", "--allocator", "half"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lab.experiment", "fragmentation", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**ENVIRONMENT, "PYTHONPATH": str(tmp_path)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(rows(tmp_path / "results")["allocator"]) == ["half"]
