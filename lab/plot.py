@@ -71,7 +71,8 @@ def setting(header: Mapping[str, Any]) -> str:
     """Model, workload, and whether a clock was real: what a reader must know before believing a number."""
     clock = "simulated (virtual clock, {})" if header.get("simulated") else "measured on {}"
     hardware = Path(str(header.get("hardware"))).stem  # a name, or a file of fitted step times
-    return f"{header.get('model')}, {header.get('workload')}, {clock.format(hardware)}"
+    workload = Path(str(header.get("workload"))).name  # a name, or a file
+    return f"{header.get('model')}, {workload}, {clock.format(hardware)}"
 
 
 def fragmentation(

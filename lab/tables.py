@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -216,7 +217,7 @@ def describe(*, model: str, workload: str, seed: int, simulated: bool, hardware:
     root = Path(__file__).parents[1]
     return {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
-        "revision": _git(root, "rev-parse", "HEAD"),
+        "revision": os.environ.get("KVLAB_REVISION") or _git(root, "rev-parse", "HEAD"),  # a copy without .git is told
         "dirty": bool(_git(root, "status", "--porcelain")),
         "versions": {"python": platform.python_version(), **_versions("numpy", "torch", "triton", "transformers")},
         "machine": {"platform": platform.platform(), "cpu": _cpu(), "gpu": gpu},

@@ -7,6 +7,9 @@ reference's two highest logits are within 1e-4 of each other, and how many such 
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,6 +152,43 @@ def test_sampled_text_is_the_same_under_every_policy(tiny: Any, prompts: Any) ->
         assert served.texts == first.texts, (allocator, scheduler, preemption)
         preempted += served.preemptions
     assert preempted > 0
+
+
+INTERPRETED = """
+import sys, torch, kernels
+from pathlib import Path
+sys.path.insert(0, "tests")
+import test_text
+from lab.core import Request
+from lab.models.loading import load
+from transformers import AutoModelForCausalLM
+
+triton_kernels = __import__("importlib").import_module("kernels.gpu")
+kernels.for_device = lambda device: triton_kernels
+folder = sys.argv[1]
+model, reference = load(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+prompts = [(5, 9, 2, 8, 1, 4), (7, 3, 9, 9, 4, 2, 6), (1, 2, 3, 4, 5, 6, 7, 8, 9), (11, 12)]
+expected = test_text.generate(reference, prompts, 5)
+requests = [Request(i, 0.0, p, 5) for i, p in enumerate(prompts)]
+for allocator, scheduler, preemption in (
+    ("paged", "continuous", "swap"), ("contiguous-max", "continuous", "recompute"), ("contiguous-need", "static", "swap")
+):
+    pool = 32 * (1 if allocator == "paged" else 3)
+    served = test_text.serve(model, requests, allocator, scheduler, preemption, pool, 32)
+    assert test_text.agree(served, expected) == 0
+    print(allocator, served.preemptions)
+"""
+
+
+def test_tiny_llama_through_the_triton_kernels(tiny: Any) -> None:
+    """The engine over the kernels that run on a GPU, here in Triton's interpreter, in a process of its own."""
+    folder = tiny[0].name
+    root = Path(__file__).parents[1]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", INTERPRETED, folder]
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split("paged ")[1].split()[0]) > 0, "the pool of the paged run presses"
 
 
 # Each reservation policy, placement, scheduler and preemption mode at least twice.

@@ -80,7 +80,10 @@ class Allocator:
         return len(s.tokens)
 
     def fits(self, request: Request) -> bool:
-        """Alone in an empty pool, to its last token? Asked once, at arrival. Default: outputs share nothing."""
+        """Alone in an empty pool, to its last token? Asked once, at arrival.
+
+        The default is for allocators to which one block is as good as another and whose outputs share nothing.
+        """
         return request.sampling.n * blocks(self.last(request), self.block) <= self.num_blocks
 
     def last(self, request: Request) -> int:
