@@ -63,7 +63,7 @@ def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def figure(rows: pd.DataFrame, header: Mapping[str, Any]) -> Figure:
-    return plot.agreement(rows, header, SHARES)
+    return plot.agreement(rows, header, SHARES, POINTS)
 
 
 def claims(rows: pd.DataFrame) -> list[Claim]:

@@ -110,24 +110,27 @@ def fragmentation(
     return figure
 
 
-def agreement(rows: pd.DataFrame, header: Mapping[str, Any], shares: Seq[str]) -> Figure:
-    """A point per system and category: per cent of the pool on the real clock (x) and on the virtual one (y)."""
+def agreement(rows: pd.DataFrame, header: Mapping[str, Any], shares: Seq[str], points: float) -> Figure:
+    """A mark per run and category: share of the pool on the real clock (x), how far the virtual one is off (y).
+
+    The band is what is claimed: at most `points` percentage points.
+    """
+    names = rows["allocator"].unique()
+    colors = {share: INK if share == "free" else CATEGORIES[share][0] for share in shares}
     with mpl.rc_context(FONT):
-        figure = Figure(figsize=(6.0, 5.6), layout="constrained")
+        figure = Figure(figsize=(9.0, 4.4), layout="constrained")
         axes = figure.subplots()
-        axes.plot([0, 100], [0, 100], color=GREY, linewidth=0.8, zorder=0)
+        axes.axhspan(-points, points, color="#F2F2F2", zorder=0)
+        axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
         for policy, runs in rows.groupby("allocator", sort=False):
-            for share in shares:
-                marker = style(str(policy))["marker"]
-                color = CATEGORIES[share][0] if share != "free" else BLACK
-                axes.scatter(runs[f"{share}_real"], runs[f"{share}_virtual"], marker=marker, color=color, s=32)
-        policies = [
-            Line2D([], [], ls="", color=INK, marker=style(p)["marker"], label=p) for p in rows["allocator"].unique()
-        ]
-        colors = [Patch(color=CATEGORIES[s][0] if s != "free" else BLACK, label=CATEGORIES[s][2]) for s in shares]
-        axes.legend(handles=[*policies, *colors], fontsize=7.5, frameon=False)
+            for share, color in colors.items():
+                real, virtual = runs[f"{share}_real"], runs[f"{share}_virtual"]
+                axes.scatter(real, virtual - real, marker=style(str(policy))["marker"], color=color, s=34)
+        marks = [Line2D([], [], ls="", color=INK, marker=style(name)["marker"], label=name) for name in names]
+        patches = [Patch(color=color, label=CATEGORIES[share][2]) for share, color in colors.items()]
+        figure.legend(handles=[*marks, *patches], loc="outside right upper", fontsize=8, frameon=False)
         axes.set_xlabel("share of the KV pool on the real clock (%)")
-        axes.set_ylabel("on a virtual clock with the fitted step times (%)")
+        axes.set_ylabel("virtual clock less real (points)")
         _title(figure, axes, "How far to trust the virtual clock", header, _seeds(rows["seed"]))
     return figure
 
