@@ -10,6 +10,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -171,7 +172,9 @@ prompts = [(5, 9, 2, 8, 1, 4), (7, 3, 9, 9, 4, 2, 6), (1, 2, 3, 4, 5, 6, 7, 8, 9
 expected = test_text.generate(reference, prompts, 5)
 requests = [Request(i, 0.0, p, 5) for i, p in enumerate(prompts)]
 for allocator, scheduler, preemption in (
-    ("paged", "continuous", "swap"), ("contiguous-max", "continuous", "recompute"), ("contiguous-need", "static", "swap")
+    ("paged", "continuous", "swap"),
+    ("contiguous-max", "continuous", "recompute"),
+    ("contiguous-need", "static", "swap"),
 ):
     pool = 32 * (1 if allocator == "paged" else 3)
     served = test_text.serve(model, requests, allocator, scheduler, preemption, pool, 32)
@@ -214,8 +217,11 @@ NEW = 64
 
 
 @pytest.fixture(scope="module")
-def smol() -> LanguageModel:
-    return load("smollm2", dtype=torch.float32)
+def smol() -> Iterator[LanguageModel]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)  # the only tests here that compute for long
+    yield load("smollm2", dtype=torch.float32)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
