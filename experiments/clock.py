@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -22,20 +23,27 @@ from lab.core import InputError
 from lab.executors.simulated import FittedCost
 from lab.harness import Claim, Options
 from lab.record import Record
-from lab.run import Run, carry_out
+from lab.run import Run, carry_out, requests_of
+from lab.shapes import shape
 
 SHARES = ("stored", "reserved", "excess", "rounding", "free")
 RATES = ("output_tokens_per_s", "normalised_s", "ttft_s", "tpot_s")
 POINTS = 1.0
 MOVES = "h200"  # the machine whose prices Moves are charged at: the fit leaves steps with Moves out
-SHAPES = {"smollm2": "smollm2-135m"}
+SHAPES = dict.fromkeys(("smollm2", "smollm2-135m-instruct", "random"), "smollm2-135m")
 
 
 def runs(options: Options) -> list[Run]:
     changes = {"executor": "torch", **options.changes}
     if changes["executor"] != "torch":
         raise InputError(f"executor {changes['executor']!r}: this experiment checks the virtual clock against torch")
-    return fragmentation.runs(replace(options, changes=changes))
+    found = fragmentation.runs(replace(options, changes=changes))
+    for run in found:
+        shape(_shape_name(run))
+        if any(request.output is None for request in requests_of(run)):
+            rule = "both clocks need to know how long answers are"
+            raise InputError(f"workload {run.workload!r}: {rule}; give output_tokens, or take prompts or sharegpt")
+    return found
 
 
 def row(run: Run, record: Record) -> dict[str, Any]:
@@ -52,7 +60,7 @@ def row(run: Run, record: Record) -> dict[str, Any]:
 
 
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    mean = rows.groupby("allocator", sort=False).mean(numeric_only=True)
+    mean = rows.groupby(["allocator", "scheduler"], sort=False).mean(numeric_only=True)
     memory = {(s, c): mean[f"{s}_{c}"] for s in SHARES for c in ("real", "virtual")}
     rates = {(s, c): mean[f"{s}_{c}"] for s in RATES for c in ("real", "virtual")}
     return {
@@ -67,21 +75,25 @@ def figure(rows: pd.DataFrame, header: Mapping[str, Any]) -> Figure:
 
 
 def claims(rows: pd.DataFrame) -> list[Claim]:
-    off = {(r["allocator"], s): r[f"{s}_virtual"] - r[f"{s}_real"] for _, r in rows.iterrows() for s in SHARES}
-    (allocator, share), worst = max(off.items(), key=lambda item: abs(item[1]))
+    off = [(r[f"{s}_virtual"] - r[f"{s}_real"], s, r["allocator"]) for _, r in rows.iterrows() for s in SHARES]
+    worst, share, allocator = max(off, key=lambda one: abs(one[0]))
     text = f"every share of the pool within {POINTS:g} point of the real clock's"
     return [Claim(text, abs(worst) <= POINTS, f"worst is {share} of {allocator}, {worst:+.2f}")]
 
 
 def measured_steps(record: Record) -> list[tuple[float, ...]]:
-    """Rows (tokens, positions read, sequences, seconds) of the steps that only computed: no Move, nothing compiled."""
-    steps = record.steps
-    positions = record.samples.groupby("step")["computed"].sum().reindex(steps["step"]).fillna(0).to_numpy()
-    plain = (
-        (steps[["copied", "swapped_out", "swapped_in"]].sum(axis=1) == 0) & ~steps["compiled"] & (steps["tokens"] > 0)
-    )
-    columns = (steps["tokens"], pd.Series(positions), steps["seqs"], steps["end_s"] - steps["start_s"])
-    return list(zip(*(column[plain.to_numpy()].astype(float) for column in columns), strict=True))
+    """Rows (tokens, positions read, sequences, seconds) of the steps that only computed: no Move, nothing compiled.
+
+    Padding counts as it is computed: dead tokens, dead positions, and a row for each that has ended in its batch.
+    """
+    steps, samples = record.steps, record.samples
+    held = samples.groupby("step")[["computed", "ended"]].sum().reindex(steps["step"], fill_value=0).to_numpy()
+    tokens = steps["tokens"] + steps["dead_tokens"]
+    rows = steps["seqs"] + held[:, 1] * (steps["dead_tokens"] > 0)
+    seconds = steps["end_s"] - steps["start_s"]
+    table = np.stack([tokens, held[:, 0] + steps["dead_positions"], rows, seconds], axis=1).astype(float)
+    moved = steps[["copied", "swapped_out", "swapped_in"]].sum(axis=1) > 0
+    return [tuple(row) for row in table[(~moved & ~steps["compiled"] & (tokens > 0)).to_numpy()]]
 
 
 def _twin(run: Run, fit: FittedCost, record: Record) -> Run:
@@ -91,8 +103,12 @@ def _twin(run: Run, fit: FittedCost, record: Record) -> Run:
     path.parent.mkdir(parents=True, exist_ok=True)
     measured_on = record.header["hardware"]
     path.write_text(json.dumps({"hardware": MOVES, "measured_on": measured_on, "fit": asdict(fit)}, indent=1) + "\n")
-    shape = SHAPES.get(run.model, run.model.removeprefix("random:"))
-    return replace(run, executor="simulated", model=shape, hardware=str(path))
+    pool = str(record.header["pool"]["tokens"])  # what the size came to on the real device
+    return replace(run, executor="simulated", model=_shape_name(run), hardware=str(path), pool=pool)
+
+
+def _shape_name(run: Run) -> str:
+    return SHAPES.get(run.model.lower(), run.model.removeprefix("random:"))
 
 
 def _shares(run: Run, record: Record) -> dict[str, float]:

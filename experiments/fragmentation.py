@@ -51,7 +51,16 @@ PRESSED = 50.0  # per cent of iterations in which the queue waits for memory: be
 POINTS_POW2 = 3.5  # of Pow2's external & others, which a seed alone moves by 1.5 (one standard deviation)
 
 VIRTUAL = Run()  # the paper's setting
-GPU = Run(executor="torch", device="cuda", model="random:opt-13b", rate=16.0, duration_s=None, count=10_000, steps=6000)
+GPU = Run(
+    executor="torch",
+    device="cuda",
+    model="random:opt-13b",
+    pool="15728",
+    rate=16.0,  # above what any system here sustains
+    duration_s=None,
+    count=10_000,
+    steps=6000,
+)
 GPU_BYTES = 44e9  # weights, the paper's 12 GiB pool, activations
 ANSWER_TOKENS = 80  # at most, of the greedy pass that finds out how long the laptop's answers are
 LAPTOP = Run(
@@ -72,16 +81,14 @@ def runs(options: Options) -> list[Run]:
     base = _base(options)
     if options.quick:
         base = replace(base, **_quick(base))
+    seeded = [replace(base, seed=seed) for seed in options.seeds]
     if not base.simulated and base.workload.startswith("prompts"):
-        check(base)
-        base = replace(base, workload=str(_answers(base, options.out)))
-    allocators = options.allocators or list(SYSTEMS)
-    schedulers = options.schedulers or [base.scheduler]
+        seeded = [replace(run, workload=str(_answers(run, options.out))) for run in seeded]
     return [
-        replace(base, allocator=allocator, scheduler=scheduler, seed=seed)
-        for allocator in allocators
-        for scheduler in schedulers
-        for seed in options.seeds
+        replace(run, allocator=allocator, scheduler=scheduler)
+        for allocator in options.allocators or SYSTEMS
+        for scheduler in options.schedulers or [base.scheduler]
+        for run in seeded
     ]
 
 
@@ -91,12 +98,13 @@ def row(run: Run, record: Record) -> dict[str, Any]:
     held = 100 * metrics.shares(record, window_s, of="held")
     batch = metrics.batch_size(record, window_s)
     blocked = metrics.blocked(record, window_s)
-    pressure = metrics.pressure(record)
+    pressure = metrics.pressure(record, window_s)
     return {
         "allocator": run.allocator,
         "scheduler": run.scheduler,
         "seed": run.seed,
         "simulated": run.simulated,
+        "paper_model": run.model.endswith("opt-13b"),
         "paper_setting": _paper_setting(run),
         "refused": int((record.events["kind"] == "refused").sum()),
         **{name: pool[name] for name in SHARES[:3]},
@@ -112,7 +120,7 @@ def row(run: Run, record: Record) -> dict[str, Any]:
         "recomputed": pressure.recomputed,
         "swapped": pressure.swapped_out + pressure.swapped_in,
         "output_tokens_per_s": latency.throughput(record, window_s).output_tokens_per_s,
-        "normalised_s": latency.latency_summary(record).loc["normalised_s", "mean"],
+        "normalised_s": latency.latency_summary(record).loc["normalised_s", "mean"],  # of all that ended
         "iterations": len(latency.during(record.steps, window_s)),
     }
 
@@ -120,10 +128,11 @@ def row(run: Run, record: Record) -> dict[str, Any]:
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     mean = _mean(rows)
     scheduled = "" if mean.index.isin(rows["allocator"]).all() else " (continuous batching where no scheduler is named)"
-    return {
-        f"per cent of the pool: paper, ours, deviation{scheduled}": _beside(mean),
-        "what else was seen": _more(mean),
-    }
+    if rows["paper_model"].all():
+        shares = {f"per cent of the pool: paper, ours, deviation{scheduled}": _beside(mean)}
+    else:
+        shares = {"per cent of the pool": mean[list(SHARES)].rename(columns=TITLES).round(1)}
+    return {**shares, "what else was seen": _more(mean)}
 
 
 def figure(rows: pd.DataFrame, header: Mapping[str, Any]) -> Figure:
@@ -221,7 +230,7 @@ def _more(mean: pd.DataFrame) -> pd.DataFrame:
 
 
 def _base(options: Options) -> Run:
-    """On a GPU with room for OPT-13B, else on the virtual clock; `--executor torch` on any machine."""
+    """On a GPU with room for OPT-13B, else on the virtual clock; `--device cpu` for the real model on any machine."""
     executor, device, pace = (options.changes.get(name) for name in ("executor", "device", "hardware"))
     if executor == "simulated" and device:
         raise InputError(f"device {device!r}: the virtual clock has none; leave --device out, or take --executor torch")
@@ -251,7 +260,7 @@ def _quick(base: Run) -> dict[str, Any]:
 
 
 def _paper_setting(run: Run) -> bool:
-    theirs = (run.block, run.length, run.scheduler) == (16, 2048, "continuous") and run.pool in ("15728", "12GiB")
+    theirs = (run.block, run.length, run.scheduler) == (16, 2048, "continuous") and run.pool in (None, "15728", "12GiB")
     lengths = run.arrivals == "poisson" and (run.workload == "sharegpt" or run.workload.startswith("paper:"))
     whole = (run.duration_s, run.count, run.steps) == (900, None, None) if run.simulated else run.steps == 6000
     saturated = (run.rate or 0) >= 4 and whole
@@ -273,6 +282,7 @@ def _answers(base: Run, out: Path) -> Path:
     """A file of real prompts and the lengths of the model's own greedy answers, which the oracles may then know."""
     at_once: dict[str, Any] = {"arrivals": "all", "rate": None, "duration_s": None, "steps": None}
     ask = replace(base, allocator="paged", pool=str(32 * base.length), **at_once)
+    check(ask)
     path = out / "fragmentation" / f"answers-{ask.key()}.jsonl"
     if not path.exists():
         print(f"first the greedy answers of {ask.model} to {ask.count} prompts, for their lengths")

@@ -178,7 +178,7 @@ class Move(NamedTuple):
 
 @dataclass(slots=True)
 class Plan:
-    """Everything the policies decide about one step. Recorded also when it holds no work."""
+    """Everything the policies decide about one step. Recorded unless it orders nothing at all."""
 
     work: dict[Sequence, int] = field(default_factory=dict)  # tokens to compute; one is sampled iff work == pending
     moves: list[Move] = field(default_factory=list)  # carried out first, in order

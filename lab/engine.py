@@ -204,7 +204,7 @@ class Engine:
             [s for group in running for s in group.ended if s in self.allocator.tables],
             len(self.scheduler.waiting),
             self.scheduler.host.used,
-            getattr(self.executor, "compiled", False),
+            self.executor.compiled,
         )
 
     def _finish(self, done: list[tuple[Sequence, str]]) -> None:
@@ -219,10 +219,3 @@ class Engine:
                 del self.groups[group.request.id]
                 if self.on_end:
                     self.on_end(group)
-
-
-def check_open(scheduler: Scheduler) -> None:
-    """Refuse a scheduler that would wait for ever where requests may stop coming at any time."""
-    if scheduler.waits_for_batch:
-        name = type(scheduler).__name__.lower()
-        raise InputError(f"scheduler {name!r} waits for a full batch that may never come: take 'dynamic'")

@@ -9,15 +9,16 @@ import shlex
 import signal
 import sys
 import textwrap
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import experiments
 from lab.allocators import ALLOCATORS
 from lab.core import InputError, Registry, unknown
 from lab.hardware import HARDWARE
 from lab.harness import Experiment, Options, make_room, perform
-from lab.run import ARRIVALS, EXECUTORS, check
+from lab.run import ARRIVALS, EXECUTORS, Run, check
 from lab.schedulers import PREEMPTION, SCHEDULERS
 from lab.shapes import SHAPES
 
@@ -67,8 +68,16 @@ def question(experiment: Experiment) -> str:
     return (experiment.__doc__ or "").strip().splitlines()[0]
 
 
+class Parser(argparse.ArgumentParser):
+    """Complains like everything else here: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; --help says what there is")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    """Each option is called like the field of Run that it sets."""
+    parser = Parser(
         prog="python -m lab.experiment",
         description="Run an experiment; records, table, summary and figure go to --out.",
         epilog=_epilog(),
@@ -80,7 +89,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--scheduler", metavar="S[,T...]", help="schedulers instead of the experiment's own")
     add("--preemption", choices=PREEMPTION, help="what happens to a request that must give up its memory")
     add("--length", type=int, metavar="TOKENS", help="longest sequence, prompt and output")
-    add("--block-size", type=int, metavar="TOKENS", help="tokens per block")
+    add("--batch", type=int, metavar="N", help="requests that a static or dynamic scheduler waits for (default: 8)")
+    add(
+        "--timeout",
+        dest="timeout_s",
+        type=float,
+        metavar="S",
+        help="how long a dynamic scheduler waits for them (default: 1)",
+    )
+    add("--watermark", type=float, metavar="SHARE", help="of the blocks, left free by admissions (default: 0.01, or 0)")
+    add("--block-size", dest="block", type=int, metavar="TOKENS", help="tokens per block")
     add("--pool", metavar="SIZE", help="KV memory: tokens (15728), bytes (12GiB) or a share of what is free (90%%)")
     add("--executor", choices=EXECUTORS, help="simulated: a virtual clock; torch: a real model on a real device")
     add("--device", help="cpu, cuda or cuda:N (torch only)")
@@ -88,8 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", help="a model, see below")
     add("--workload", help="requests, see below")
     add("--arrivals", choices=ARRIVALS, help="when requests come; all: at once, trace: at the file's own times")
+    add("--burstiness", type=float, metavar="SHAPE", help="of gamma arrivals: 1 is Poisson's, less is burstier")
     add("--rate", type=float, metavar="REQ/S", help="requests that arrive per second")
-    add("--duration", type=float, metavar="S", help="seconds of arrivals; the run is cut off there")
+    add("--duration", dest="duration_s", type=float, metavar="S", help="seconds of arrivals; the run is cut off there")
     add("--count", type=int, metavar="N", help="requests at most")
     add("--steps", type=int, metavar="N", help="iterations after which a run is cut off")
     add("--seeds", default="0", metavar="0,1,2 or 0-9", help="repeat with these seeds (default: 0)")
@@ -121,24 +140,10 @@ def _epilog() -> str:
 
 
 def _options(args: argparse.Namespace) -> Options:
-    fields = {
-        "preemption": args.preemption,
-        "length": args.length,
-        "block": args.block_size,
-        "pool": args.pool,
-        "executor": args.executor,
-        "device": args.device,
-        "hardware": args.hardware,
-        "model": args.model,
-        "workload": args.workload,
-        "arrivals": args.arrivals,
-        "rate": args.rate,
-        "duration_s": args.duration,
-        "count": args.count,
-        "steps": args.steps,
-    }
+    chosen = {field.name: getattr(args, field.name, None) for field in fields(Run)}
+    several = ("allocator", "scheduler", "seed")
     return Options(
-        changes={name: value for name, value in fields.items() if value is not None},
+        changes={name: value for name, value in chosen.items() if value is not None and name not in several},
         allocators=_named(args.allocator, ALLOCATORS),
         schedulers=_named(args.scheduler, SCHEDULERS),
         seeds=_seeds(args.seeds),

@@ -54,7 +54,8 @@ _A100_GUESS = Calibration(
     measured=frozenset(),
     source="all assumed: 140 TFLOP/s, 1.2 TB/s (77 % of the data sheet) and 8 ms per step, a first guess under which "
     "the paper's request rates (figure 12a) come out; 2.9 us per transfer, with which 256 tokens of OPT-13B in blocks "
-    "of 1 take the 135 ms of figure 19a; 78 % of the data sheet for the host link, 77 % for NVLink; 20 us per sum",
+    "of 1 take the 135 ms of figure 19a, out and in; 78 % of the data sheet for the host link, 77 % for NVLink; "
+    "20 us per sum",
 )
 
 _A100_40GB = Hardware(

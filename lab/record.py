@@ -34,7 +34,7 @@ class Recorder:
     def __init__(self, path: Path | None, header: Mapping[str, Any], chunk_rows: int = CHUNK) -> None:
         self.header = {**header, "format": FORMAT}
         self.chunk_rows = chunk_rows
-        self.now = 0  # steps recorded; index of the next
+        self.next_step = 0  # index of it: steps recorded so far
         self.block = 1
         self._sink = Sink(path)
         self._rows: dict[str, list[tuple[Any, ...]]] = {name: [] for name in ("steps", "events", "tenures", "requests")}
@@ -78,7 +78,7 @@ class Recorder:
     def ended(self, time_s: float, s: Sequence, reason: str) -> None:
         """Event step: the one that brought its last token; event tokens: those it generated."""
         request = s.group.request
-        self._event(time_s, request, s.index, "ended", s.outputs, reason, self.now - 1)
+        self._event(time_s, request, s.index, "ended", s.outputs, reason, self.next_step - 1)
         if request.id in self._unfinished:
             outputs = self._unfinished[request.id][1]
             outputs[s.index] = s.outputs
@@ -106,7 +106,7 @@ class Recorder:
         compiled: bool = False,
     ) -> None:
         """A plan and its outcome: counts and tokens are applied, sequences that ended have not left memory."""
-        if not self.now:
+        if not self.next_step:
             self.block = allocator.block
             self.header.update(capacity=allocator.capacity, block=allocator.block)
         running = list(live)
@@ -118,10 +118,10 @@ class Recorder:
         moved = {"copy": 0, "out": 0, "in": 0, "map": 0, "unmap": 0}
         for move in plan.moves:
             moved[move.kind] += move.tokens
-        work = (self.now, start_s, end_s, len(plan.work), sum(plan.work.values()), *dead, self._draw(sampled))
+        work = (self.next_step, start_s, end_s, len(plan.work), sum(plan.work.values()), *dead, self._draw(sampled))
         memory = (waiting, len(running), *idle, host_tokens, blocked, moved["copy"], moved["out"], moved["in"])
         self._rows["steps"].append((*work, *memory, len(plan.preempted), compiled))
-        self.now += 1
+        self.next_step += 1
         self._flush(self.chunk_rows)
 
     def close(self) -> None:
@@ -139,11 +139,11 @@ class Recorder:
     def _event(
         self, time_s: float, request: Request, output: int, kind: str, tokens: int, detail: str, step: int | None = None
     ) -> None:
-        step = self.now if step is None else step
+        step = self.next_step if step is None else step
         self._rows["events"].append((time_s, step, request.id, output, kind, tokens, detail))
 
     def _finish(self, request: Request) -> None:
-        if request.id in self._unfinished:
+        if self._unfinished.get(request.id, (None,))[0] is request:  # not one that was refused for having the same id
             _, outputs = self._unfinished.pop(request.id)
             known = request.output or max(outputs.values(), default=0)
             sampling = request.sampling
@@ -151,12 +151,13 @@ class Recorder:
             self._rows["requests"].append((request.id, request.arrival_s, *sizes, sampling.temperature))
 
     def _decisions(self, time_s: float, plan: Plan) -> None:
-        for group, lost in plan.preempted.items():
-            self._event(time_s, group.request, -1, "preempted", lost, "swap" if group in plan.swapped else "recompute")
         for group, hit in plan.admitted.items():
             again = "swap" if group in plan.swapped else "recompute"
-            kind, detail = ("resumed", again) if group.preemptions else ("admitted", "")
+            before = group.preemptions - (group in plan.preempted)  # a batch may be formed and lose a group in one plan
+            kind, detail = ("resumed", again) if before else ("admitted", "")
             self._event(time_s, group.request, -1, kind, hit, detail)
+        for group, lost in plan.preempted.items():
+            self._event(time_s, group.request, -1, "preempted", lost, "swap" if group in plan.swapped else "recompute")
         for s in plan.forked:
             self._event(time_s, s.group.request, s.index, "forked", s.computed - plan.work.get(s, 0), "")
 
@@ -207,7 +208,7 @@ class Recorder:
                 was = self._open[s] = _Held(table)
             elif was.table is table and was.length == length:
                 continue
-            self._close(s, was.change(table, length, self.now))
+            self._close(s, was.change(table, length, self.next_step))
         if len(self._open) > len(holders):
             self._leave(list(self._open.keys() - set(holders)))
 
@@ -217,7 +218,7 @@ class Recorder:
 
     def _close(self, s: Sequence, runs: list[tuple[int, int, int]]) -> None:
         who = (s.group.request.id, s.index)
-        self._rows["tenures"].extend((first, count, *who, since, self.now) for first, count, since in runs)
+        self._rows["tenures"].extend((first, count, *who, since, self.next_step) for first, count, since in runs)
 
     def _flush(self, least: int) -> None:
         """Hand over every chunk of at least `least` rows."""
@@ -227,7 +228,7 @@ class Recorder:
                 rows.clear()
         for name, columns in (("samples", self._samples), ("tokens", self._tokens)):
             if len(columns) >= least:
-                self._sink.write(name, columns.take(self.now, self.block))
+                self._sink.write(name, columns.take(self.next_step, self.block))
 
 
 def counted_before(tables: Iterable[Seq[int]]) -> list[int]:

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,7 @@ from lab.allocators import ALLOCATORS, Allocator
 from lab.core import Group, InputError, Limits, Request, Sequence, unknown
 from lab.engine import Engine
 from lab.executors.simulated import FittedCost, SimulatedExecutor
-from lab.hardware import hardware
+from lab.hardware import hardware, pool_tokens
 from lab.pool import PoolSize, pool_size
 from lab.record import FORMAT, Recorder, describe
 from lab.schedulers import PREEMPTION, SCHEDULERS, Scheduler
@@ -45,7 +45,10 @@ class Run:
     scheduler: str = "continuous"
     preemption: str = "recompute"
     block: int = 16  # tokens
-    pool: str = "15728"  # tokens; or bytes ("12GiB"), or a share of free memory ("90%")
+    batch: int = 8  # requests that a static or dynamic scheduler waits for
+    timeout_s: float = 1.0  # that a dynamic one waits at most
+    watermark: float | None = None  # share of the blocks that an admission leaves free; None leaves it to the scheduler
+    pool: str | None = None  # tokens, bytes ("12GiB"), a share of free memory ("90%"); None: the virtual machine's own
     length: int = 2048  # longest sequence, prompt and output
     executor: str = "simulated"
     model: str = "opt-13b"
@@ -54,6 +57,7 @@ class Run:
     dtype: str = "bfloat16"
     workload: str = "sharegpt"
     arrivals: str = "poisson"
+    burstiness: float = 1.0  # of gamma arrivals: 1 is Poisson's, less is burstier
     rate: float | None = 4.0  # requests per second
     duration_s: float | None = 900.0  # of the arrivals; the run is cut off there
     count: int | None = None  # requests
@@ -70,7 +74,7 @@ class Run:
         named = (ALLOCATORS.homes.get(self.allocator), SCHEDULERS.homes.get(self.scheduler))
         homes = [module for module in named if module]  # import paths have none
         files = sources(policies, [*homes, *COMMON, *(VIRTUAL if self.simulated else REAL)])
-        files |= {path for path in DATA.iterdir() if path.is_file()}
+        files |= {Path(__file__), *(path for path in DATA.iterdir() if path.is_file())}
         data = [Path(text) for text in (self.workload.split(":", 1)[-1], self.hardware)]
         content = {str(path): digest([path]) for path in data if path.is_file()}
         weights = [] if self.simulated else stamps(Path(self.model).expanduser())
@@ -80,7 +84,8 @@ class Run:
 
 def stamps(model: Path) -> list[tuple[str, int, int]]:
     """Name, size and time of change of a local model's files: gigabytes are not read for a key."""
-    files = sorted(model.iterdir()) if model.is_dir() else [model] if model.is_file() else []
+    folder = model.parent if model.is_file() else model  # a file is read with what lies beside it
+    files = sorted(folder.iterdir()) if folder.is_dir() and model.exists() else []
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 
 
@@ -184,7 +189,7 @@ def carry_out(run: Run, path: Path | None, tell: Progress = lambda share: None) 
 
         if not run.simulated:
             executor.reset_clock()
-        with blame(run, lambda: f"in step {recorder.now}"):
+        with blame(run, lambda: f"in step {recorder.next_step}"):
             engine.run(requests, run.duration_s or math.inf, go_on)
         if not run.simulated:
             recorder.header["device_memory"] = executor.memory._asdict()
@@ -201,8 +206,21 @@ def header_of(run: Run, requests: Requests, pool: PoolSize) -> dict[str, Any]:
 
 
 def requests_of(run: Run) -> Requests:
-    """The same object for runs that differ in policies only."""
-    return _requests(replace(run, allocator="", scheduler="", preemption="", pool="", block=1, hardware="", steps=None))
+    """The same object for runs that differ only in what requests do not depend on."""
+    return _requests(
+        Run(
+            executor=run.executor,
+            model=run.model,
+            length=run.length,
+            workload=run.workload,
+            arrivals=run.arrivals,
+            burstiness=run.burstiness,
+            rate=run.rate,
+            duration_s=run.duration_s,
+            count=run.count,
+            seed=run.seed,
+        )
+    )
 
 
 @lru_cache(maxsize=16)
@@ -215,32 +233,35 @@ def _requests(run: Run) -> Requests:
         count=run.count,
         seed=run.seed,
         arrivals=run.arrivals,
+        burstiness=run.burstiness,
         limit=run.length,
         encode=None if run.simulated else lambda text: real().encoder(run.model)(text),
     )
 
 
-def scheduler_of(run: Run, pool_tokens: int) -> Scheduler:
+def scheduler_of(run: Run, tokens: int) -> Scheduler:
     limits = Limits(length=run.length)
-    allocator = ALLOCATORS.get(run.allocator)(pool_tokens, run.block, limits)
-    return SCHEDULERS.get(run.scheduler)(allocator, limits, preemption=run.preemption)
+    allocator = ALLOCATORS.get(run.allocator)(tokens, run.block, limits)
+    waits = {"batch": run.batch, "timeout_s": run.timeout_s}
+    return SCHEDULERS.get(run.scheduler)(allocator, limits, preemption=run.preemption, watermark=run.watermark, **waits)
 
 
 def pool_of(run: Run) -> PoolSize:
     if not run.simulated:
-        return real().pool(run.pool, run.model, run.device, run.dtype, run.block)
+        return real().pool(run.pool or "90%", run.model, run.device, run.dtype, run.block)
     model, (machine, _) = shape(run.model), clock(run.hardware)
     free = max(0, hardware(machine).memory_bytes * hardware(machine).gpus - 2 * model.parameters)
-    pool = pool_size(run.pool, model.kv_bytes_per_token(), run.block, free)
+    size = str(pool_tokens(hardware(machine), model)) if run.pool is None else run.pool
+    pool = pool_size(size, model.kv_bytes_per_token(), run.block, free)
     if pool.tokens * model.kv_bytes_per_token() > free:
         rule = f"{machine} has {free / 1e9:.1f} GB free beside the weights of {model.name}"
         raise InputError(f"pool size {run.pool!r}: {rule}; make it smaller or name a larger --hardware")
     return pool
 
 
-def executor_of(run: Run, pool_tokens: int) -> Any:
+def executor_of(run: Run, tokens: int) -> Any:
     if not run.simulated:
-        return real().TorchExecutor(real().model(run.model, run.device, run.dtype), pool_tokens, run.block)
+        return real().TorchExecutor(real().model(run.model, run.device, run.dtype), tokens, run.block)
     machine, step_times = clock(run.hardware)
     return SimulatedExecutor(shape(run.model), hardware(machine), run.block, step_times=step_times)
 

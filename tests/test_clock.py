@@ -9,9 +9,13 @@ import pytest
 
 from experiments import clock
 from lab.core import InputError
+from lab.engine import Engine
+from lab.executors.simulated import SimulatedExecutor
+from lab.hardware import hardware
 from lab.harness import Options
-from lab.record import Record
-from lab.run import Run, carry_out
+from lab.record import Record, Recorder
+from lab.run import Run, carry_out, pool_of, requests_of, scheduler_of
+from lab.shapes import shape
 
 RUN = Run(allocator="paged", duration_s=40.0, preemption="swap")
 
@@ -28,7 +32,7 @@ def test_measured_steps_leave_moves_out(record: Record) -> None:
     moved = steps[["copied", "swapped_out", "swapped_in"]].sum(axis=1) > 0
     rows = clock.measured_steps(record)
     assert moved.any()
-    assert len(rows) == len(steps) - moved.sum()
+    assert len(rows) == (~moved & (steps["tokens"] > 0)).sum()
     index = steps.index[~moved][200]
     step = steps.loc[index]
     held = record.samples[record.samples["step"] == index]
@@ -50,6 +54,29 @@ def test_the_twin_of_a_known_clock_keeps_its_time(record: Record) -> None:
     assert "stored of paged, -1.50" in claim.seen
     figure = clock.figure(pd.DataFrame([row]), record.header)
     assert "virtual clock less real" in figure.axes[0].get_ylabel()
+
+
+@pytest.mark.parametrize("scheduler", ["static", "dynamic"])
+def test_padding_counts_as_it_is_computed(scheduler: str, tmp_path: Path) -> None:
+    """What the fit is given is what the virtual clock asks of it."""
+    asked: list[tuple[float, ...]] = []
+    run = Run(allocator="contiguous-max", scheduler=scheduler, duration_s=60.0, rate=1.0)
+    requests, pool = requests_of(run), pool_of(run).tokens
+
+    def step_times(tokens: int, positions: int, sequences: int) -> float:
+        asked.append((tokens, positions, sequences))
+        return 0.02
+
+    executor = SimulatedExecutor(shape("opt-13b"), hardware("a100-40gb"), step_times=step_times)
+    recorder = Recorder(None, {})
+    Engine(scheduler_of(run, pool), executor, recorder).run(requests)
+    recorder.close()
+    given = [row[:3] for row in clock.measured_steps(recorder.record())]
+    padded = recorder.record().steps["dead_tokens"] > 0
+    assert padded.any()
+    decodes = [(g, a) for g, a, p in zip(given, asked, padded, strict=True) if p and g[0] == a[2]]
+    assert len(decodes) > 100
+    assert all(g == a for g, a in decodes)
 
 
 def test_it_is_about_real_devices() -> None:

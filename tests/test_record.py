@@ -197,3 +197,28 @@ def act(
     else:
         live.remove(s)
         pool.release(s)
+
+
+def test_a_group_that_is_admitted_and_lost_in_one_plan_was_admitted() -> None:
+    """A batch that is formed and finds no memory for its first step: two events, in this order."""
+    recorder = Recorder(None, {})
+    lost = group(1)
+    recorder.arrived(0.0, lost.request)
+    lost.preemptions = 1
+    plan = Plan(admitted={lost: 0}, preempted={lost: 0})
+    recorder.step(0.0, 1.0, plan, {}, Shelf(128, 4), [], [], 1, 0)
+    again = Plan(admitted={lost: 0})
+    recorder.step(1.0, 2.0, again, {}, Shelf(128, 4), [], [], 0, 0)
+    recorder.close()
+    assert recorder.record().events["kind"].tolist() == ["arrived", "admitted", "preempted", "resumed"]
+
+
+def test_a_refused_request_leaves_the_one_with_its_id_alone() -> None:
+    recorder = Recorder(None, {})
+    first, second = group(1, prompt=6, output=None).request, group(1, prompt=2, output=None).request
+    recorder.arrived(0.0, first)
+    recorder.arrived(1.0, second)
+    recorder.refused(1.0, second, "in flight already")
+    recorder.close()
+    rows = recorder.record().requests
+    assert rows[["request", "arrival_s", "prompt_tokens"]].to_numpy().tolist() == [[1, 0.0, 6]]

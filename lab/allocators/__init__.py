@@ -111,7 +111,7 @@ def moves(kind: Kind, src: Seq[int], dst: Seq[int], tokens: int, block: int) -> 
 
 
 class Usage(NamedTuple):
-    """Where every slot of the pool is, in tokens: `unwritten` splits into reserved and excess once the ends are known.
+    """Where every slot of the pool is, in tokens; reserved and excess are told apart once the ends are known.
 
     A slot belongs to the first category that fits, once, however many sequences hold its block.
     """
@@ -123,10 +123,6 @@ class Usage(NamedTuple):
     rounding: int  # held but not asked for: block, page, power of two
     cached: int  # no live sequence holds it, a prefix hit can
     free: int
-
-    @property
-    def unwritten(self) -> int:
-        return self.reserved + self.excess
 
 
 def account(allocator: Allocator, live: Iterable[Sequence], ended: Iterable[Sequence] = ()) -> Usage:

@@ -10,7 +10,7 @@ from functools import partial
 
 from lab.allocators import ALLOCATORS, Allocator, Idle, blocks
 from lab.allocators.extents import PLACEMENTS
-from lab.allocators.reserve import RESERVE
+from lab.allocators.reserve import RESERVE, policy
 from lab.core import Group, Limits, Request, Sequence
 
 
@@ -27,19 +27,19 @@ class Contiguous(Allocator):
         placement: str = "buddy",
     ) -> None:
         super().__init__(capacity, block, limits)
-        self.reserve = RESERVE[reserve]
+        self.ask = policy(reserve, self.limits.length)
         self.grows = reserve in ("need", "double")
         top = blocks(self.limits.length, block)
         self.slab = PLACEMENTS[placement](self.num_blocks, top)
         self.empty = partial(PLACEMENTS[placement], self.num_blocks, top)
 
     def wants(self, s: Sequence) -> int:
-        return max(self.reserve(s.group.request, len(s.tokens), self.limits.length), len(s.tokens))
+        return self.ask(s.group.request, len(s.tokens))
 
     def fits(self, request: Request) -> bool:
         slab = self.empty()
         last = self.last(request)
-        size = blocks(max(self.reserve(request, last, self.limits.length), last), self.block)
+        size = blocks(self.ask(request, last), self.block)
         return all(slab.allocate(size) for _ in range(request.sampling.n))
 
     def admit(self, group: Group, spare: int = 0) -> int | None:
@@ -57,10 +57,10 @@ class Contiguous(Allocator):
         """
         held = self.tables.get(s)
         if held is None:
-            return self._place(s, max(self.reserve(s.group.request, length, self.limits.length), length))
+            return self._place(s, self.ask(s.group.request, length))
         if length <= self.asked[s]:
             return True
-        asked = max(self.reserve(s.group.request, length, self.limits.length), length)
+        asked = self.ask(s.group.request, length)
         size = blocks(asked, self.block)
         if size > len(held):
             assert isinstance(held, range)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from functools import partial
 
 from lab.allocators import ALLOCATORS, Allocator, Idle, blocks
-from lab.allocators.reserve import RESERVE
+from lab.allocators.reserve import RESERVE, policy
 from lab.core import Group, Limits, Move, Request, Sequence
 
 
@@ -23,18 +23,18 @@ class Paged(Allocator):
 
     def __init__(self, capacity: int, block: int = 16, limits: Limits | None = None, *, reserve: str = "need") -> None:
         super().__init__(capacity, block, limits)
-        self.reserve = RESERVE[reserve]
+        self.ask = policy(reserve, self.limits.length)
         self.grows = reserve in ("need", "double")
         self.holders = [0] * self.num_blocks  # reference count of each block
         self.free = list(range(self.num_blocks - 1, -1, -1))  # a stack, lowest block on top
 
     def wants(self, s: Sequence) -> int:
-        return max(self.reserve(s.group.request, len(s.tokens), self.limits.length), len(s.tokens))
+        return self.ask(s.group.request, len(s.tokens))
 
     def fits(self, request: Request) -> bool:
         """Shared blocks of the prompt count once, all else once for every output."""
         last = self.last(request)
-        asked = blocks(max(self.reserve(request, last, self.limits.length), last), self.block)
+        asked = blocks(self.ask(request, last), self.block)
         shared = (len(request.prompt) - 1) // self.block
         return asked + (request.sampling.n - 1) * (asked - shared) <= self.num_blocks
 
@@ -53,10 +53,7 @@ class Paged(Allocator):
         if table is None:
             table = self.tables[s] = []
             self.asked[s] = 0
-        if length > self.asked[s]:
-            asked = max(self.reserve(s.group.request, length, self.limits.length), length)
-        else:
-            asked = self.asked[s]
+        asked = self.ask(s.group.request, length) if length > self.asked[s] else self.asked[s]
         first = s.computed // self.block  # the block about to be written
         shared = first < len(table) and self.holders[table[first]] > 1
         if blocks(asked, self.block) - len(table) + shared > len(self.free):

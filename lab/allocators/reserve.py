@@ -57,6 +57,12 @@ RESERVE: dict[str, Reserve] = {
 }
 
 
+def policy(name: str, limit: int) -> Callable[[Request, int], int]:
+    """The policy called `name` for sequences of at most `limit` tokens; never less than what is there."""
+    reserve = RESERVE[name]
+    return lambda request, length: max(reserve(request, length, limit), length)
+
+
 def true_output(request: Request) -> int:
     if request.output is None:
         raise InputError(

@@ -19,6 +19,11 @@ class Executor(Protocol):
         """Seconds since the run began, on the wall or on a virtual clock."""
         ...
 
+    @property
+    def compiled(self) -> bool:
+        """Was a kernel compiled in the step launched last? Its duration then says nothing about serving."""
+        ...
+
     def launch(self, plan: Plan, tables: Mapping[Sequence, Seq[int]]) -> None:
         """Queue a step. `computed` of each sequence is still what it was before the step."""
 

@@ -62,6 +62,7 @@ class ChecksumExecutor:
         self.device = [GARBAGE] * (num_blocks * block)  # a cell per slot
         self.host = [GARBAGE] * (host_blocks * block)
         self.now = 0.0
+        self.compiled = False
         self.moved: dict[str, int] = {}  # Moves performed, by kind
         self.launched: list[dict[Sequence, list[Sampled]]] = []
 

@@ -94,6 +94,7 @@ class SimulatedExecutor:
         step_times: StepTimes | None = None,
     ) -> None:
         self.now = 0.0
+        self.compiled = False
         self.cost = CostModel(shape, hardware, block, dtype_bytes)
         self.step_times = step_times
         self.launched: deque[dict[Sequence, list[Sampled]]] = deque()

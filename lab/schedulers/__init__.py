@@ -26,8 +26,6 @@ PREEMPTION = ("recompute", "swap")
 class Scheduler:
     """Base of all schedulers. `running` is in order of arrival, so the latest arrival is its last group."""
 
-    waits_for_batch = False  # True where it would wait for ever for arrivals that do not come
-
     def __init__(
         self,
         allocator: Allocator,
@@ -48,6 +46,8 @@ class Scheduler:
             raise InputError(f"watermark {watermark}: must be a share of the pool in [0, 1); the paper's is 0.01")
         if batch < 1:
             raise InputError(f"batch of {batch} requests: must be at least 1")
+        if not timeout_s >= 0:
+            raise InputError(f"time-out of {timeout_s} s: must be 0 or more")
         self.allocator = allocator
         self.limits = limits or allocator.limits
         share = (0.01 if allocator.grows else 0.0) if watermark is None else watermark
@@ -107,14 +107,9 @@ class Scheduler:
         if len(group.live) > 1:
             return self._room_for_several(group, plan, budget)
         s = group.live[0]
-        tokens = min(len(s.tokens) - s.computed, budget)
-        if tokens:
-            if not self.allocator.extend(s, s.computed + tokens):
-                return None
-            plan.work[s] = tokens
-        return tokens
+        return self._compute(s, len(s.tokens) - s.computed, plan, budget)
 
-    def advance(self, groups: Iterable[Group], plan: Plan, budget: int) -> int:
+    def keep_running(self, groups: Iterable[Group], plan: Plan, budget: int) -> int:
         """Plan running groups, in order; where memory is short preempt the latest arrival. Returns the budget left."""
         for group in groups:
             if group in plan.preempted:

@@ -16,7 +16,7 @@ class Continuous(Scheduler):
 
     def schedule(self, now: float, more: bool) -> Plan:
         plan = Plan()
-        budget = self.advance(list(self.running), plan, self.limits.tokens)
+        budget = self.keep_running(list(self.running), plan, self.limits.tokens)
         if not plan.preempted:
             self._admit(plan, budget)
         return plan

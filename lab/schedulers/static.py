@@ -17,7 +17,6 @@ from lab.schedulers import SCHEDULERS, Scheduler
 class Static(Scheduler):
     """Waits for a full batch of `batch` requests; takes fewer where memory has no room, or when no more will come."""
 
-    waits_for_batch = True
     width = 0  # positions of the rectangle
 
     def schedule(self, now: float, more: bool) -> Plan:
@@ -27,9 +26,9 @@ class Static(Scheduler):
             self._form(plan, now, more)
         behind = [g for g in self.running if any(map(_behind, g.live))]
         if behind:
-            self.advance(self._rectangle(behind), plan, self.limits.tokens)
+            self.keep_running(self._rectangle(behind), plan, self.limits.tokens)
         else:
-            self.advance([g for g in self.running if g.live], plan, self.limits.tokens)
+            self.keep_running([g for g in self.running if g.live], plan, self.limits.tokens)
             self.width += 1
         self._pad(plan)
         return plan
@@ -95,8 +94,6 @@ def _behind(s: Sequence) -> bool:
 @SCHEDULERS.register("dynamic")
 class Dynamic(Static):
     """The same, but a batch starts with what is there once the oldest request has waited `timeout_s`."""
-
-    waits_for_batch = False
 
     def ready(self, now: float, more: bool) -> float:
         return min(super().ready(now, more), max(now, self.waiting[0].request.arrival_s + self.timeout_s))

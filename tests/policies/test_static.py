@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from stepping import Bench, request
 
-from lab.core import InputError, Limits
-from lab.engine import check_open
+from lab.core import Limits
 
 
 def test_static_waits_for_a_full_batch() -> None:
@@ -97,13 +96,6 @@ def test_dynamic_wakes_for_an_arrival_before_the_time_out() -> None:
     bench.step(more=True, next_s=5.0)
     assert bench.executor.now == 5.0
     assert bench.submit(request(2, 3, arrival_s=5.0)).step(more=True) == {1: 3, 2: 3}, "full before the time-out"
-
-
-def test_a_server_refuses_a_scheduler_that_waits_for_a_full_batch() -> None:
-    with pytest.raises(InputError, match=r"'static' waits for a full batch.*dynamic"):
-        check_open(Bench("static").scheduler)
-    check_open(Bench("dynamic").scheduler)
-    check_open(Bench("continuous").scheduler)
 
 
 @pytest.mark.parametrize("scheduler", ["static", "dynamic"])
