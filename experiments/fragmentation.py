@@ -121,6 +121,7 @@ def row(run: Run, record: Record) -> dict[str, Any]:
         "swapped": pressure.swapped_out + pressure.swapped_in,
         "output_tokens_per_s": latency.throughput(record, window_s).output_tokens_per_s,
         "normalised_s": latency.latency_summary(record).loc["normalised_s", "mean"],  # of all that ended
+        "compiled": metrics.compiled_steps(record, window_s),
         "iterations": len(latency.during(record.steps, window_s)),
     }
 
@@ -222,6 +223,7 @@ def _more(mean: pd.DataFrame) -> pd.DataFrame:
         "recomputed": "tokens computed again",
         "swapped": "tokens swapped out and in",
         "refused": "requests refused: can never fit",
+        "compiled": "steps in which a kernel was compiled",
         "output_tokens_per_s": "output tokens per s",
         "normalised_s": "s per output token, queue included",
     }

@@ -195,7 +195,9 @@ def _setting(header: Mapping[str, Any]) -> str:
     workload = f"{header['requests']['requests']} requests of {run['workload']}, {arrivals}"
     if header["requests"]["dropped"]:
         workload += f" ({header['requests']['dropped']} rows left out: they reach {run['length']} tokens)"
-    return f"{run['model']}, {pool}; {workload}; {clock} {header['hardware']}"
+    memory = {use: size for use, size in header.get("device_memory", {}).items() if size}
+    split = ", ".join(f"{use} {size / 1e9:.1f} GB" for use, size in memory.items())
+    return f"{run['model']}, {pool}; {workload}; {clock} {header['hardware']}" + (f" ({split})" if split else "")
 
 
 def _show(bar: Any, done: float, more: float) -> None:

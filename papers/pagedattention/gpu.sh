@@ -10,11 +10,15 @@
 #   clock   the same requests on a virtual clock with the measured step times
 #
 # Results lie in results/gpu and, packed with what was printed, in FOLDER.
-set -u
+set -uo pipefail
 out=${1:?give a folder for the results}
 shift
+for part in "$@"; do
+  [[ " tests bench quick runs clock " == *" $part "* ]] || { echo "part $part is unknown: give tests, bench, quick, runs or clock"; exit 2; }
+done
 export PYTHONPATH=. HF_HUB_OFFLINE=1 # and KVLAB_REVISION where the copy has no .git
 results=results/gpu
+status=0
 mkdir -p "$out" "$results"
 for part in "$@"; do
   case "$part" in
@@ -23,7 +27,7 @@ for part in "$@"; do
     quick) python3 -m lab.experiment fragmentation --quick --out results/gpu-quick 2>&1 ;;
     runs) timeout --kill-after=30 "${SECONDS_FOR_RUNS:-540}" python3 -m lab.experiment fragmentation --out "$results" 2>&1 ;;
     clock) python3 -m lab.experiment clock --out "$results" 2>&1 ;;
-    *) echo "part $part is unknown: give tests, bench, quick, runs or clock" && exit 2 ;;
-  esac | tee "$out/$part.txt"
+  esac | tee "$out/$part.txt" || { status=$?; echo "part $part ended with status $status" | tee -a "$out/$part.txt"; }
 done
 tar -czf "$out/results.tgz" -C "$results" .
+exit "$status"
