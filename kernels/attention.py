@@ -26,6 +26,7 @@ Legend: M rows of a tile, N keys per step, D and DV head sizes, D_PAD and DV_PAD
 # mypy: disallow-untyped-defs=False
 # Triton types the arguments of its kernels itself.
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ from kernels.checks import check_attention
 from kernels.ragged import Ragged
 
 MAX_HEAD_DIM = 256
+AMPLE_SHARED_BYTES = 163 * 1024  # the A100's
 LOG2_E = math.log2(math.e)
 
 
@@ -150,6 +152,22 @@ def _dot(a, b, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
     return tl.dot(a, b, input_precision=PRECISION)
 
 
+class Machine(NamedTuple):
+    """What a configuration depends on besides the shape."""
+
+    amd: bool
+    shared_bytes: int  # on-chip memory that one program may use
+
+
+@functools.cache
+def machine(device: torch.device) -> Machine:
+    """The GPU at hand. AMD's, and the interpreter, are not asked for what decides nothing there: 0 bytes."""
+    amd = torch.version.hip is not None
+    if amd or device.type != "cuda":
+        return Machine(amd, 0)
+    return Machine(amd, torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
 class Specialised(NamedTuple):
     constants: dict[str, Any]  # the kernel's compile-time constants
     options: dict[str, int]  # Triton's
@@ -163,7 +181,7 @@ def specialise(
     paged: bool,
     dead: bool,
     dtype: torch.dtype,
-    amd: bool,
+    on: Machine,
 ) -> Specialised:
     """How tiles of `tokens` query tokens are computed: by shape, and never by paged or contiguous.
 
@@ -172,7 +190,8 @@ def specialise(
          128      2   16 rows, 64 keys, 4 warps     64, 128 rows, 64 keys, 4, 8 warps
          256      2   16 rows, 32 keys, 4 warps     64,  64 rows, 32 keys, 8 warps
 
-    float32 has half as many keys from 128 on, and 64 rows shared by 8 warps from 65 on.
+    float32 has half as many keys from 128 on, and 64 rows shared by 8 warps from 65 on. Loads run one step less ahead
+    on GPUs with less shared memory than an A100 (sm_86, sm_89, sm_120); there prompts in float32 fit up to head_dim 64.
     """
     padded = [max(16, triton.next_power_of_2(size)) for size in head_dims]
     row_bytes = max(padded) * dtype.itemsize
@@ -194,10 +213,11 @@ def specialise(
         "N": min(64, max(16, 16384 // row_bytes)),  # 16 KiB of K per step, and as much of V
         "UPCAST": interpreted and dtype == torch.bfloat16,
         # Exact float32 products: AMD has an instruction; on NVIDIA three products in tf32 come close to one.
-        "PRECISION": "ieee" if amd else "tf32x3",
+        "PRECISION": "ieee" if on.amd else "tf32x3",
     }
     warps = 8 if tokens * heads > (32 if wide else 64) else 4
-    stages = 2 if amd else 4 if tokens == 1 else 3  # how far ahead the loop loads
+    small = on.shared_bytes < AMPLE_SHARED_BYTES
+    stages = 2 if on.amd else (4 if tokens == 1 else 3) - small  # how far ahead the loop loads
     return Specialised(constants, {"num_warps": warps, "num_stages": stages})
 
 
@@ -220,7 +240,7 @@ def attention(
         raise ValueError(
             f"head dims {head_dims}: a tile holds up to {MAX_HEAD_DIM}; run this model on kernels.reference"
         )
-    group, amd = num_heads // num_kv_heads, torch.version.hip is not None
+    group, on = num_heads // num_kv_heads, machine(q.device)
     out = q.new_empty(*q.shape[:2], head_dims[1])  # [T, H, DV]
     # The kernel computes in base 2; under a cap it needs 2 x log2(e) for x = logit / cap.
     logit_scale, cap = (scale * LOG2_E, None) if softcap is None else (2 * scale * LOG2_E / softcap, softcap * LOG2_E)
@@ -228,7 +248,7 @@ def attention(
     strides = (*q.stride()[:2], *out.stride()[:2], batch[-1].stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3])
     with torch.cuda.device_of(q):
         for tokens, places in ragged.tiles:
-            tile = specialise(tokens, group, head_dims, ragged.block, ragged.paged, ragged.any_dead, q.dtype, amd)
+            tile = specialise(tokens, group, head_dims, ragged.block, ragged.paged, ragged.any_dead, q.dtype, on)
             grid = (num_kv_heads * triton.cdiv(group, tile.constants["HEADS"]), len(places))
             tensors = (q, k_cache, v_cache, out, sinks, *batch, places)
             attention_kernel[grid](*tensors, logit_scale, cap, window, *strides, **tile.constants, **tile.options)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.checks import check_copy, check_store
+from kernels.upload import upload
 
 TILE = 2048  # numbers one program moves at a time: 16 per thread of 4 warps, two loads of 16 bytes in bfloat16
 
@@ -82,5 +83,6 @@ def copy_blocks(cache: Tensor, pairs: Tensor) -> None:
     layers, _, block, heads, head_dim = cache.shape
     constants = specialise(heads, head_dim, block, block * heads)
     grid = (len(pairs), layers, triton.cdiv(block * heads, constants["ROWS"]))
+    pairs = pairs.contiguous() if pairs.is_cuda else upload(pairs.contiguous(), cache.device)
     with torch.cuda.device_of(cache):
-        copy_blocks_kernel[grid](cache, pairs.contiguous().to(cache.device), *cache.stride()[:4], **constants)
+        copy_blocks_kernel[grid](cache, pairs, *cache.stride()[:4], **constants)

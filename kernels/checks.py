@@ -1,7 +1,5 @@
 """What every implementation accepts. Errors name the value, the rule and the remedy."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -12,6 +10,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def check_store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     _check_caches(k_cache, v_cache)
+    _check_same_device(k_cache.device, {"k": k, "v": v, "v_cache": v_cache, "slots": slots})
     for name, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
         _check_like(name, new, cache)
         if new.shape[1:] != cache.shape[2:]:
@@ -37,6 +36,8 @@ def check_attention(
     sinks: Tensor | None,
 ) -> None:
     _check_caches(k_cache, v_cache)
+    others = {} if sinks is None else {"sinks": sinks}
+    _check_same_device(k_cache.device, {"q": q, "v_cache": v_cache, "the ragged batch": ragged.starts, **others})
     _check_like("q", q, k_cache)
     num_blocks, block, num_kv_heads, head_dim = k_cache.shape
     if q.ndim != 3 or q.shape[2] != head_dim:
@@ -91,10 +92,10 @@ def check_copy(cache: Tensor, pairs: Tensor) -> None:
         )
 
 
-def check_same_device(device: torch.device, tensors: Sequence[tuple[str, Tensor]]) -> None:
-    for name, tensor in tensors:
+def _check_same_device(device: torch.device, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
         if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, the cache on {device}: move it there first")
+            raise ValueError(f"{name} is on {tensor.device}, k_cache on {device}: move it there first")
 
 
 def _check_caches(k_cache: Tensor, v_cache: Tensor) -> None:
@@ -122,5 +123,3 @@ def _check_like(name: str, new: Tensor, cache: Tensor) -> None:
         )
     if new.ndim and new.stride(-1) != 1:
         raise ValueError(f"{name} has stride {new.stride(-1)} along head_dim: it must be 1; pass {name}.contiguous()")
-    if new.device != cache.device:
-        raise ValueError(f"{name} is on {new.device}, its cache on {cache.device}: move it there first")

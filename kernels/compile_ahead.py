@@ -37,9 +37,9 @@ columns
               for four programs of 128 threads at once, with 255 for two. More at once hide more of memory's latency.
   spills      bytes per thread that did not fit into registers and live in memory instead. Those of float32 at head_dim
               128 and 256 are known: float32 is there to check the others.
-  shared      KiB of on-chip memory per program, where loads in flight wait. A program may use 227 on sm_90, 64 on
-              gfx942; what fits twice runs twice. The compiler keeps more loads in flight where memory is contiguous:
-              paged, a load has to wait for the block table.
+  shared      KiB of on-chip memory per program, where loads in flight wait. A program may use 227 on sm_90, 99 on
+              sm_89, 64 on gfx942; what fits twice runs twice. The compiler keeps more loads in flight where memory is
+              contiguous: paged, a load has to wait for the block table.
   matrix      the matrix instruction of attention's products: wgmma (Hopper, tiles of 64 rows and more), mma.sync
               (16 rows), mfma (AMD).
 
@@ -76,18 +76,24 @@ def parse_target(name: str) -> GPUTarget:
     raise argparse.ArgumentTypeError(f"{name!r}: name a target as sm_90 (NVIDIA) or gfx942 (AMD)")
 
 
+def shared_limit(target: GPUTarget) -> int:
+    """Bytes of shared memory that one program may use."""
+    return SHARED_LIMIT.get(target.arch, 227) * 1024
+
+
 def sources(target: GPUTarget, dtype: torch.dtype, head_dims: list[int]) -> Iterator[tuple[dict, ASTSource, dict]]:
     """(columns, what to compile, options) in representative configurations: 8 KV heads that serve 4, blocks of 16."""
     element = POINTER[dtype]
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "sinks_ptr", "new_ptr", "cache_ptr"), element)
     types |= dict.fromkeys(("slots_ptr", "pairs_ptr"), "*i64") | {"logit_scale": "fp32", "cap": "fp32"}
     types |= {f"{name}_ptr": "*i32" for name in ("starts", "firsts", "lengths", "dead", "tables", "places")}
+    on = attention.Machine(target.backend == "hip", shared_limit(target))
     cases = itertools.product(head_dims, TILE_TOKENS, ("paged", "contiguous"))
     options_once = itertools.product(head_dims[:1], TILE_TOKENS, ("all options",))
     for head_dim, tokens, memory in itertools.chain(cases, options_once):
-        everything, amd = memory == "all options", target.backend == "hip"
+        everything = memory == "all options"
         constants, options = attention.specialise(
-            tokens, 4, (head_dim, head_dim), 16, memory != "contiguous", everything, dtype, amd
+            tokens, 4, (head_dim, head_dim), 16, memory != "contiguous", everything, dtype, on
         )
         tile = f"{tokens} x {constants['HEADS']} x {constants['N']}"
         row = {"head_dim": head_dim, "memory": memory, "tile": tile}
@@ -135,7 +141,7 @@ def compile_all(target: GPUTarget, dtype: torch.dtype, head_dims: list[int]) -> 
             registers=registers,
             spills=spills,
             shared=compiled.metadata.shared,
-            shared_limit=SHARED_LIMIT.get(target.arch, 227) * 1024,
+            shared_limit=shared_limit(target),
             matrix=matrix[0] if matrix else "-",
             warps=options["num_warps"],
             stages=options["num_stages"],

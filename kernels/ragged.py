@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.upload import upload
+
 # Query tokens per tile: a decode, a speculated or short chunk, a prompt. A row goes to the first that holds it whole,
 # else to the last. Each size that occurs is one launch.
 TILE_TOKENS = (1, 16, 64)
@@ -66,8 +68,7 @@ class Ragged:
         columns = [[row.first for row in batch], [row.length for row in batch], [row.dead for row in batch]]
         buffer, spans = _pack([starts, *columns, tables, *(itertools.chain(*places) for places in tiles.values())])
         num_blocks = _highest_block(buffer[spans[4]].view(len(batch), width), needed, paged) + 1
-        if torch.device(device).type == "cuda":
-            buffer = buffer.pin_memory().to(device, non_blocking=True)
+        buffer = upload(buffer, device)
         starts_, firsts, lengths, dead, tables_, *places_ = (buffer[span] for span in spans)
         return Ragged(
             starts=starts_,

@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lab.core import Group, InputError, Move, Plan, Request, SamplingParams, Sequence
 from lab.executors.batch import build
 from lab.executors.cache import HOST_SLAB, BlockMove, KVCache, free_bytes, independent, split
-from lab.executors.torch import TorchExecutor
+from lab.executors.torch import TorchExecutor, compile_counter
 from lab.models import KVShape
 from lab.models.packed import PackedModel, implementation
 
@@ -144,6 +145,41 @@ def test_host_memory_is_made_when_needed() -> None:
 
 def test_free_memory_is_unknown_on_a_cpu() -> None:
     assert free_bytes(CPU) is None
+
+
+def test_what_torch_keeps_for_itself_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool of 60 bytes is gone, of which the GPU was told nothing; 10 are the model's."""
+    gpu = torch.device("cuda:1")
+    held = {"mem_get_info": (30, 100), "memory_reserved": 70, "memory_allocated": 10}
+    for name, value in held.items():
+        monkeypatch.setattr(torch.cuda, name, {gpu: value}.__getitem__)
+    assert free_bytes(gpu) == 90
+
+
+class Staged(TorchDispatchMode):
+    """Notes how many blocks each gather and each scatter takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks: dict[str, list[int]] = {"index_select": [], "index_copy_": []}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (name := func.overloadpacket.__name__) in self.blocks:
+            self.blocks[name].append(len(args[2]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_swapping_stages_a_slab_at_a_time() -> None:
+    cache = marked_cache(40)
+    before = cache.k.clone()
+    first = 3 * HOST_SLAB - 1
+    with Staged() as staged:
+        cache.perform([Move("out", 0, first, 40 * BLOCK)])
+        cache.k.zero_()
+        cache.perform([Move("in", first, 0, 40 * BLOCK)])
+    expected = [blocks for blocks in (1, 16, 16, 7) for _ in ("K", "V")]
+    assert staged.blocks == {"index_select": expected, "index_copy_": expected}
+    assert torch.equal(cache.k, before)
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
@@ -318,6 +354,32 @@ def test_memory_and_compilations(model: PackedModel) -> None:
     executor = TorchExecutor(model, 50, BLOCK)
     assert executor.memory == (model.weight_bytes, 12 * BLOCK * model.kv.bytes_per_token(4), None)
     assert not executor.compiled
+
+
+def test_one_hook_counts_compilations_for_the_whole_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = pytest.importorskip("triton", reason="triton is not installed; it is on Linux x86-64").knobs.runtime
+    seen: list[str] = []
+    monkeypatch.setattr(runtime, "jit_post_compile_hook", lambda key: seen.append(key))
+    compile_counter.cache_clear()
+    counter = compile_counter()
+    assert compile_counter() is counter
+    runtime.jit_post_compile_hook(key="kernel")
+    assert counter.count == 1
+    assert seen == ["kernel"]  # who listened before still does
+    compile_counter.cache_clear()  # its hook goes with this test
+
+
+class Event:
+    def record(self, stream: str) -> None:
+        self.stream = stream
+
+
+def test_a_step_is_awaited_on_its_own_device(model: PackedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = TorchExecutor(model, 50, BLOCK)
+    executor.device = torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    assert vars(executor._mark()) == {"stream": "stream of cuda:1"}
 
 
 @pytest.mark.parametrize(("tokens", "rule"), [(3, "smaller than one block of 4"), (2**50, "more than cpu has free")])

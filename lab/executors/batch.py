@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels.ragged import Ragged, Row
+from kernels.upload import upload
 from lab.core import Plan, Sequence
 from lab.models import Packed
 
@@ -96,6 +97,4 @@ def build(plan: Plan, tables: Mapping[Sequence, Seq[int]], block: int, device: t
 def _upload(columns: list[list[int]], device: torch.device) -> list[Tensor]:
     """Lists as int64 tensors, in one copy to the device."""
     joined = torch.tensor([number for column in columns for number in column], dtype=torch.int64)
-    if device.type == "cuda":
-        joined = joined.pin_memory().to(device, non_blocking=True)
-    return list(joined.split([len(column) for column in columns]))
+    return list(upload(joined, device).split([len(column) for column in columns]))

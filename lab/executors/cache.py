@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from kernels.upload import upload
 from lab.core import Move
 from lab.models import KVShape
 
@@ -18,7 +19,10 @@ HOST_SLAB = 16  # blocks of host memory made at a time
 
 def free_bytes(device: torch.device) -> int | None:
     """Device memory that a pool could take; None where that is not known (CPU)."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's, of a pool that is gone
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 class BlockMove(NamedTuple):
@@ -68,6 +72,8 @@ class KVCache:
     """`k` [layers, num_blocks, block, Hk, D] and `v` [layers, num_blocks, block, Hk, Dv], and blocks in host memory.
 
     Moves carry whole blocks: what lies in the last one beyond a Move's tokens has no meaning, here or there.
+    Host memory is made, and pinned, in the step that first swaps to it, which takes the longer for it: HOST_SLAB blocks
+    at a time, so that as much is taken as was ever swapped out and not as much as might be.
     """
 
     def __init__(
@@ -116,27 +122,24 @@ class KVCache:
             self._copy_blocks(cache, pairs)
 
     def _out(self, sources: list[int], targets: list[int]) -> None:
-        """Gathered on the device, then carried in runs that are consecutive on the host."""
-        index = torch.tensor(sources, device=self.device)
-        gathered = [cache.index_select(1, index).transpose(0, 1).contiguous() for cache in (self.k, self.v)]
+        """Gathered on the device and carried over in runs that are consecutive on the host, a slab at most."""
         for start, end in _runs(targets):
-            for host, staged in zip(self._slab(targets[start]), gathered, strict=True):
-                at = targets[start] % HOST_SLAB
-                host[at : at + end - start].copy_(staged[start:end], non_blocking=True)
+            index = upload(torch.tensor(sources[start:end]), self.device)
+            at = targets[start] % HOST_SLAB
+            for host, cache in zip(self._slab(targets[start]), (self.k, self.v), strict=True):
+                staged = cache.index_select(1, index).transpose(0, 1).contiguous()  # [n, layers, block, Hk, D]
+                host[at : at + end - start].copy_(staged, non_blocking=True)
 
     def _in(self, sources: list[int], targets: list[int]) -> None:
-        """Carried over in runs that are consecutive on the host, then scattered on the device."""
+        """The way back: carried over in such runs, scattered on the device."""
         order = sorted(range(len(sources)), key=sources.__getitem__)
         sources, targets = [sources[i] for i in order], [targets[i] for i in order]
-        index = torch.tensor(targets, device=self.device)
-        runs = _runs(sources)
-        for which, cache in enumerate((self.k, self.v)):
-            staged = cache.new_empty(len(sources), cache.shape[0], *cache.shape[2:])  # [n, layers, block, Hk, D]
-            for start, end in runs:
-                at = sources[start] % HOST_SLAB
-                host = self._slab(sources[start])[which]
-                staged[start:end].copy_(host[at : at + end - start], non_blocking=True)
-            cache.index_copy_(1, index, staged.transpose(0, 1))
+        for start, end in _runs(sources):
+            index = upload(torch.tensor(targets[start:end]), self.device)
+            at = sources[start] % HOST_SLAB
+            for host, cache in zip(self._slab(sources[start]), (self.k, self.v), strict=True):
+                staged = host[at : at + end - start].to(self.device, non_blocking=True)
+                cache.index_copy_(1, index, staged.transpose(0, 1))
 
     def _slab(self, block_id: int) -> tuple[Tensor, Tensor]:
         slab = block_id // HOST_SLAB

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.upload import upload
 from lab.core import SamplingParams, Sequence
 
 # splitmix64 (Steele, Lea and Flood, 2014), as the signed numbers that torch has
@@ -53,12 +54,12 @@ def noise_key(seed: int, request: int, output: int, position: int) -> int:
 
 
 def sample(logits: Tensor, draws: Seq[Draw]) -> Drawn:
-    """One token for each row of logits float32 [S, V]. Nothing here waits for the device."""
+    """One token for each row of logits float32 [S, V]."""
     logprobs = logits.log_softmax(-1)
     tokens = logits.argmax(-1)
     noisy = [i for i, draw in enumerate(draws) if draw.params.temperature]
     if noisy:
-        rows = torch.tensor(noisy, device=logits.device)
+        rows = upload(torch.tensor(noisy), logits.device)
         tokens = tokens.index_copy(0, rows, _race(logits[rows], [draws[i] for i in noisy]))
     chosen = logprobs.gather(1, tokens[:, None])[:, 0]
     most = min(max((draw.params.logprobs for draw in draws), default=0), logits.shape[1])
@@ -69,20 +70,20 @@ def sample(logits: Tensor, draws: Seq[Draw]) -> Drawn:
 def _race(logits: Tensor, draws: Seq[Draw]) -> Tensor:
     """Draw from logits [S, V] -> [S]."""
     device = logits.device
-    temperature = torch.tensor([draw.params.temperature for draw in draws], device=device)
+    temperature = upload(torch.tensor([draw.params.temperature for draw in draws]), device)
     tiny = torch.finfo(torch.float32).tiny
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature.clamp(min=tiny)[:, None]  # at most 0: no overflow
     if any(draw.params.top_k or draw.params.top_p < 1 for draw in draws):
         logits = _keep_likely(logits, draws)
-    keys = torch.tensor([draw.key for draw in draws], dtype=torch.int64, device=device)
+    keys = upload(torch.tensor([draw.key for draw in draws]), device)
     return (logits - exponential(keys, logits.shape[1]).log()).argmax(-1)
 
 
 def _keep_likely(logits: Tensor, draws: Seq[Draw]) -> Tensor:
     """-inf for what top-k leaves out, then for all of the rest but the fewest tokens that reach `top_p`."""
     size = logits.shape[1]
-    top_k = torch.tensor([draw.params.top_k or size for draw in draws], device=logits.device)
-    top_p = torch.tensor([draw.params.top_p for draw in draws], device=logits.device)
+    top_k = upload(torch.tensor([draw.params.top_k or size for draw in draws]), logits.device)
+    top_p = upload(torch.tensor([draw.params.top_p for draw in draws]), logits.device)
     sorted_logits, order = logits.sort(dim=-1, descending=True, stable=True)
     beyond = torch.arange(size, device=logits.device) >= top_k[:, None]
     probabilities = sorted_logits.masked_fill(beyond, float("-inf")).softmax(-1)

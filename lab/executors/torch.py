@@ -7,11 +7,13 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kernels.upload import upload
 from lab.core import InputError, Plan, Sampled, Sequence
 from lab.executors.batch import Batch, build
 from lab.executors.cache import KVCache
@@ -55,7 +57,7 @@ class TorchExecutor:
             rule = f"takes {asked} bytes, more than {self.device} has free"
             raise InputError(f"a pool of {pool_tokens} tokens {rule}: make it smaller") from error
         self.compiled = False  # was a kernel compiled in the step launched last
-        self._compiler = CompileCounter(self.device)
+        self._compiler = compile_counter() if self.device.type == "cuda" else None
         self._flights: deque[Flight] = deque()
         self._last: Flight | None = None
         self._woken = threading.Event()
@@ -75,12 +77,12 @@ class TorchExecutor:
 
     def launch(self, plan: Plan, tables: Mapping[Sequence, Seq[int]]) -> None:
         """Queue a step. Tables are read here only. A token id of -1 stands for what the step before will draw."""
-        compilations = self._compiler.count
+        compilations = self._compiler.count if self._compiler else 0
         self.cache.perform(plan.moves)
         batch = build(plan, tables, self.block, self.device)
         self._last = Flight((), None, (), None) if batch is None else self._run(batch)
         self._flights.append(self._last)
-        self.compiled = self._compiler.count > compilations
+        self.compiled = self._compiler is not None and self._compiler.count > compilations
 
     def collect(self) -> dict[Sequence, list[Sampled]]:
         """Sampled tokens of the oldest launch; waits for it."""
@@ -126,33 +128,38 @@ class TorchExecutor:
         return Flight(batch.sampled, drawn, host, self._mark())
 
     def _fill(self, batch: Batch) -> None:
-        """Token ids that the step before drew, without waiting for it."""
+        """Token ids that the step before drew, taken where they lie."""
         assert self._last is not None, "no step before this one gives its unknown tokens"
         assert self._last.drawn is not None, "the step before this one sampled nothing"
         row = {s: i for i, s in enumerate(self._last.sequences)}
-        places = torch.tensor([place for place, _ in batch.unknown], device=self.device)
-        rows = torch.tensor([row[s] for _, s in batch.unknown], device=self.device)
+        places = upload(torch.tensor([place for place, _ in batch.unknown]), self.device)
+        rows = upload(torch.tensor([row[s] for _, s in batch.unknown]), self.device)
         batch.packed.token_ids[places] = self._last.drawn.tokens[rows]
 
     def _mark(self) -> torch.cuda.Event | None:
         if self.device.type != "cuda":
             return None
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))  # not that of the current device, which may be another
         return event
 
 
 class CompileCounter:
-    """Counts the kernels that Triton makes ready in this process: compiled, or found compiled on disk. 0 on a CPU."""
+    """Counts the kernels that Triton makes ready in this process: compiled, or found compiled on disk."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
+        from triton import knobs  # optional: absent where there is no GPU
+
         self.count = 0
-        if device.type == "cuda":
-            from triton import knobs  # optional: absent where there is no GPU
-
-            self._before = knobs.runtime.jit_post_compile_hook
-            knobs.runtime.jit_post_compile_hook = self._compiled
+        self._before = knobs.runtime.jit_post_compile_hook
+        knobs.runtime.jit_post_compile_hook = self._compiled
 
     def _compiled(self, **event: object) -> object:
         self.count += 1
         return self._before(**event) if self._before else None
+
+
+@cache
+def compile_counter() -> CompileCounter:
+    """The one of this process: Triton has one hook for all executors."""
+    return CompileCounter()

@@ -54,6 +54,20 @@ def test_paged_and_contiguous_share_their_configuration(rows: list[dict]) -> Non
     assert configurations("paged") == configurations("contiguous")
 
 
+def test_decode_fits_into_less_shared_memory(tmp_path: Path) -> None:
+    """99 KiB on sm_89. Contiguous, which keeps more loads in flight than paged, needs the more."""
+    script = """if True:
+        from itertools import islice
+        from kernels.compile_ahead import compile_all, parse_target, torch
+        for row in islice(compile_all(parse_target("sm_89"), torch.bfloat16, [128]), 2):
+            print(row.tile, row.memory, row.stages, row.shared <= row.shared_limit)
+    """
+    changes = environment(TRITON_CACHE_DIR=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=changes, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["1 x 16 x 64 paged 3 True", "1 x 16 x 64 contiguous 3 True"]
+
+
 def test_it_says_why_it_cannot_run_in_the_interpreter() -> None:
     done = subprocess.run(COMMAND, cwd=ROOT, env=environment(TRITON_INTERPRET="1"), capture_output=True, text=True)
     assert done.returncode == 2

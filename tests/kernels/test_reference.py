@@ -142,6 +142,25 @@ def test_dependent_or_foreign_copies_are_refused(pairs: list) -> None:
         reference.copy_blocks(torch.zeros(1, 6, 4, 2, 8), torch.tensor(pairs))
 
 
+@pytest.mark.parametrize("name", ["q", "v_cache", "the ragged batch", "sinks"])
+def test_attention_wants_everything_where_the_cache_is(name: str) -> None:
+    where = dict.fromkeys(("q", "v_cache", "the ragged batch", "sinks"), "cpu") | {name: "meta"}
+    ragged = Ragged.build([(1, 7, 8, 0, [2, 3])], 4, True, where["the ragged batch"])
+    q, sinks = torch.zeros(1, 2, 8, device=where["q"]), torch.zeros(2, device=where["sinks"])
+    k_cache, v_cache = torch.zeros(9, 4, 2, 8), torch.zeros(9, 4, 2, 8, device=where["v_cache"])
+    with pytest.raises(ValueError, match=f"^{name} is on meta, k_cache on cpu"):
+        reference.attention(q, k_cache, v_cache, ragged, scale=1.0, sinks=sinks)
+
+
+@pytest.mark.parametrize("name", ["k", "v", "v_cache", "slots"])
+def test_store_wants_everything_where_the_cache_is(name: str) -> None:
+    new, cache = torch.zeros(1, 2, 8), torch.zeros(9, 4, 2, 8)
+    tensors = {"k": new, "v": new, "k_cache": cache, "v_cache": cache, "slots": torch.zeros(1, dtype=torch.int64)}
+    tensors[name] = tensors[name].to("meta")
+    with pytest.raises(ValueError, match=f"^{name} is on meta, k_cache on cpu"):
+        reference.store(**tensors)
+
+
 def test_a_tile_covers_every_query_once_and_the_longest_context_comes_first() -> None:
     counts = [1, 17, 200, 1, 16, 2, 64, 65]
     rows = [(count, index, count + index, 0, range(300)) for index, count in enumerate(counts)]
