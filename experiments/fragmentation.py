@@ -84,6 +84,8 @@ def runs(options: Options) -> list[Run]:
     seeded = [replace(base, seed=seed) for seed in options.seeds]
     if not base.simulated and base.workload.startswith("prompts"):
         seeded = [replace(run, workload=str(_answers(run, options.out))) for run in seeded]
+    if options.systems:
+        return [variant for run in seeded for variant in options.variants(run, ())]
     return [
         replace(run, allocator=allocator, scheduler=scheduler)
         for allocator in options.allocators or SYSTEMS

@@ -37,6 +37,7 @@ class SamplingParams:
 
     max_tokens: int = 16
     n: int = 1  # outputs that share the prompt
+    beams: int = 0  # width of a beam search, of which the n best are given; 0: none
     temperature: float = 0.0  # 0 is greedy
     top_k: int = 0  # 0 keeps all
     top_p: float = 1.0
@@ -48,6 +49,9 @@ class SamplingParams:
         checks = (
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("n", self.n >= 1, "at least 1"),
+            ("beams", self.beams >= 0, "0 (no beam search) or more"),
+            ("n", self.n <= (self.beams or self.n), f"at most the {self.beams} beams, of which the best are given"),
+            ("temperature", not (self.beams and self.temperature), "0 with beams: their search draws nothing"),
             ("temperature", 0 <= self.temperature < math.inf, "a finite number, 0 (greedy) or more"),
             ("top_k", self.top_k >= 0, "0 (keep all) or more"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
@@ -56,6 +60,11 @@ class SamplingParams:
         for name, ok, rule in checks:
             if not ok:
                 raise InputError(f"{name}={getattr(self, name)!r}: must be {rule}")
+
+    @property
+    def width(self) -> int:
+        """Sequences in flight."""
+        return self.beams or self.n
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +131,7 @@ class Group:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.live = [Sequence(self, i, list(request.prompt)) for i in range(request.sampling.n)]
+        self.live = [Sequence(self, i, list(request.prompt)) for i in range(request.sampling.width)]
         self.ended: list[Sequence] = []
         self.preemptions = 0
 

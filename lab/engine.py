@@ -83,15 +83,17 @@ class Engine:
             )
         if request.id in self.groups:
             return f"request {request.id} is in flight already; give each request an id of its own"
-        if request.sampling.n > self.scheduler.limits.seqs:
-            return f"request {request.id}: n={request.sampling.n} exceeds {self.scheduler.limits.seqs} sequences a step"
+        width = request.sampling.width
+        if width > self.scheduler.limits.seqs:
+            rule = f"{width} sequences exceed the {self.scheduler.limits.seqs} of a step"
+            return f"request {request.id}: {rule}; lower n or beams"
         try:
             fits = self.allocator.fits(request)
         except InputError as error:
             return str(error)
         if not fits:
             return (
-                f"request {request.id}: {request.sampling.n} x {min(request.most, limit)} tokens do not fit an empty "
+                f"request {request.id}: {width} x {min(request.most, limit)} tokens do not fit an empty "
                 f"pool of {self.allocator.capacity} tokens under this allocator; enlarge it or lower max_tokens"
             )
         return None

@@ -21,6 +21,7 @@ from lab.harness import Experiment, Options, make_room, perform
 from lab.run import ARRIVALS, EXECUTORS, Run, check
 from lab.schedulers import PREEMPTION, SCHEDULERS
 from lab.shapes import SHAPES
+from lab.systems import SYSTEMS, system
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,14 +55,33 @@ def _main(arguments: list[str]) -> int:
         print("\npython -m lab.experiment NAME runs one; python -m lab.experiment --help says how to vary it")
         return 0
     args = _parser().parse_args(arguments)
-    experiment = find(args.name)
     options = _options(args)
+    command = shlex.join(["python", "-m", "lab.experiment", *arguments])
+    if args.name == "all":
+        return _all(options, args.fresh, command)
+    return _one(args.name, options, args.fresh, command)
+
+
+def _one(name: str, options: Options, fresh: bool, command: str) -> int:
+    experiment = find(name)
     make_room(options.out)
     runs = experiment.runs(options)
     for run in runs:
         check(run)
-    command = shlex.join(["python", "-m", "lab.experiment", *arguments])
-    return perform(experiment, runs, args.name, args.out, args.fresh, command)
+    return perform(experiment, runs, name, options, fresh, command)
+
+
+def _all(options: Options, fresh: bool, command: str) -> int:
+    """Every experiment, one after the other; one that cannot run does not keep the others from it."""
+    worst = 0
+    for name in names():
+        print(f"\n== {name}: {question(find(name))}", flush=True)
+        try:
+            worst = max(worst, _one(name, options, fresh, command))
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            worst = 2
+    return worst
 
 
 def question(experiment: Experiment) -> str:
@@ -84,7 +104,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("name", help="one of: " + ", ".join(names()))
+    add("name", help="one of: " + ", ".join(names()) + "; or all")
+    add("--system", metavar="A[,B...]", help="serving systems instead of the experiment's own")
     add("--allocator", metavar="A[,B...]", help="allocators instead of the experiment's own")
     add("--scheduler", metavar="S[,T...]", help="schedulers instead of the experiment's own")
     add("--preemption", choices=PREEMPTION, help="what happens to a request that must give up its memory")
@@ -97,6 +118,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="how long a dynamic scheduler waits for them (default: 1)",
     )
+    add("--n", type=int, metavar="N", help="outputs of each request, which share its prompt (default: 1)")
+    add("--beams", type=int, metavar="K", help="width of a beam search (default: none)")
+    add("--prefix", type=int, metavar="TOKENS", help="a prefix that all prompts share, put before each of them")
+    add("--reserve-prefix", action="store_true", default=None, help="it is computed once, before the first request")
     add("--watermark", type=float, metavar="SHARE", help="of the blocks, left free by admissions (default: 0.01, or 0)")
     add("--block-size", dest="block", type=int, metavar="TOKENS", help="tokens per block")
     add("--pool", metavar="SIZE", help="KV memory: tokens (15728), bytes (12GiB) or a share of what is free (90%%)")
@@ -109,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--burstiness", type=float, metavar="SHAPE", help="of gamma arrivals: 1 is Poisson's, less is burstier")
     add("--rate", type=float, metavar="REQ/S", help="requests that arrive per second")
     add("--duration", dest="duration_s", type=float, metavar="S", help="seconds of arrivals; the run is cut off there")
+    add("--drain", action="store_true", default=None, help="do not cut it off: serve all that has arrived")
     add("--count", type=int, metavar="N", help="requests at most")
     add("--steps", type=int, metavar="N", help="iterations after which a run is cut off")
     add("--seeds", default="0", metavar="0,1,2 or 0-9", help="repeat with these seeds (default: 0)")
@@ -128,6 +154,7 @@ def _epilog() -> str:
     models = f"on the virtual clock {', '.join(SHAPES)}; for torch smollm2, random:SHAPE, a folder, a .safetensors"
     lengths = "sharegpt, alpaca, opt13b-256, uniform:..., lognormal:..., adversarial, prompts, paper:PATH"
     kinds = {
+        "systems": ", ".join(SYSTEMS),
         "allocators": ", ".join(ALLOCATORS.names()),
         "schedulers": ", ".join(SCHEDULERS.names()),
         "hardware": f"{', '.join(HARDWARE)}, or {named}",
@@ -146,6 +173,7 @@ def _options(args: argparse.Namespace) -> Options:
         changes={name: value for name, value in chosen.items() if value is not None and name not in several},
         allocators=_named(args.allocator, ALLOCATORS),
         schedulers=_named(args.scheduler, SCHEDULERS),
+        systems=_systems(args),
         seeds=_seeds(args.seeds),
         quick=args.quick,
         out=args.out,
@@ -160,6 +188,15 @@ def _named(text: str | None, registry: Registry) -> list[str] | None:
     for name in names:
         registry.get(name)
     return names
+
+
+def _systems(args: argparse.Namespace) -> list[str] | None:
+    """A system says which allocator and scheduler it has, so that none can be named beside it."""
+    if args.system is None:
+        return None
+    if args.allocator or args.scheduler:
+        raise InputError(f"system {args.system!r} has an allocator and a scheduler: leave --allocator, --scheduler out")
+    return [system(name.strip()).name for name in args.system.split(",")]
 
 
 def _seeds(text: str) -> list[int]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import Array, active_children
 from pathlib import Path
@@ -26,6 +27,7 @@ from lab import plot
 from lab.core import InputError
 from lab.record import Record
 from lab.run import Progress, Run, blame, carry_out
+from lab.systems import label, system
 
 HEADER = "header.json"  # beside every result, as in every record
 RECORD_BYTES = 16 << 20  # room to be had for each record before any work
@@ -47,6 +49,7 @@ class Options:
     changes: Mapping[str, Any]  # fields of Run
     allocators: list[str] | None
     schedulers: list[str] | None
+    systems: list[str] | None
     seeds: list[int]
     quick: bool
     out: Path
@@ -64,12 +67,28 @@ class Options:
             changes.setdefault("rate", None)
         return Run(**{**asdict(run), **changes})
 
+    def variants(self, run: Run, systems: Iterable[str]) -> list[Run]:
+        """The run under each policy that is compared: --allocator x --scheduler, or --system, or else `systems`.
+
+        What a system fixes wins over the run's own setting, and what was typed wins over both.
+        """
+        if self.allocators or self.schedulers:
+            pairs = itertools.product(self.allocators or [run.allocator], self.schedulers or [run.scheduler])
+            named: list[Mapping[str, Any]] = [{"allocator": a, "scheduler": s} for a, s in pairs]
+        else:
+            named = [system(name).settings for name in self.systems or systems]
+        return [self.apply(replace(run, **settings)) for settings in named]
+
 
 class Experiment(Protocol):
-    """What a file in `experiments/` defines; its docstring begins with the question."""
+    """What a file in `experiments/` defines; its docstring begins with the question.
+
+    One that times something other than a run (a kernel, a transfer) also defines `measure(options)`: rows of the same
+    kind, measured now, in this process, and a header that says on what.
+    """
 
     def runs(self, options: Options) -> list[Run]:
-        """Every point, each allocator and scheduler with each seed; InputError before any work."""
+        """Every point, each policy with each seed (none where all is measured); InputError before any work."""
         ...
 
     def row(self, run: Run, record: Record) -> dict[str, Any]:
@@ -85,18 +104,19 @@ class Experiment(Protocol):
     def claims(self, rows: pd.DataFrame) -> list[Claim]: ...
 
 
-def perform(experiment: Experiment, runs: list[Run], name: str, results: Path, fresh: bool, command: str) -> int:
-    """Records go to `results`/runs, shared by all experiments; table, summary and figure to `results`/`name`.
+def perform(experiment: Experiment, runs: list[Run], name: str, options: Options, fresh: bool, command: str) -> int:
+    """Records go to `options.out`/runs, shared by all experiments; table, summary and figure to `options.out`/`name`.
 
-    Returns the exit status: 1 where a claim fails.
+    Returns the exit status: 1 where a claim fails. In a quick run none is judged.
     """
+    results = options.out
     places = {run: results / "runs" / run.key() for run in runs}
     missing = {run: place for run, place in places.items() if fresh or not place.exists()}
     make_room(results, len(missing))
     if len(places) > len(missing):
         print(f"{len(places) - len(missing)} of {len(places)} runs are there already (--fresh runs them again)")
     carry_out_all(missing)
-    return report(experiment, places, results / name, command)
+    return report(experiment, places, results / name, options, command)
 
 
 def make_room(results: Path, records: int = 0) -> None:
@@ -138,12 +158,14 @@ def carry_out_all(places: Mapping[Run, Path]) -> None:
         raise
 
 
-def report(experiment: Experiment, places: Mapping[Run, Path], out: Path, command: str) -> int:
-    rows = pd.DataFrame([_row(experiment, run, place) for run, place in places.items()])
-    header = dict(Record.load(next(iter(places.values()))).header) | {"command": command}
-    rows.attrs.update(block=header["block"], capacity=header["capacity"])
+def report(experiment: Experiment, places: Mapping[Run, Path], out: Path, options: Options, command: str) -> int:
+    rows, header = gather(experiment, places, options)
+    header["command"] = command
+    rows.attrs.update(block=header.get("block"), capacity=header.get("capacity"))
     tables = experiment.tables(rows)
     claims = experiment.claims(rows)
+    if options.quick:
+        claims = [claim._replace(holds=None) for claim in claims]
     known = rows.astype(object).where(rows.notna(), None).to_dict("records")
     summary = {"command": command, "claims": [claim._asdict() for claim in claims], "rows": known}
     with writing(out):
@@ -151,7 +173,7 @@ def report(experiment: Experiment, places: Mapping[Run, Path], out: Path, comman
         rows.to_csv(out / "rows.csv", index=False)
         next(iter(tables.values())).to_csv(out / "table.csv")
         plot.save(experiment.figure(rows, header), out / "figure")
-        (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
+        (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False, default=_plain) + "\n")
         (out / HEADER).write_text(json.dumps(header, indent=1) + "\n")
     print(f"\n{_setting(header)}")
     for title, table in tables.items():
@@ -159,9 +181,28 @@ def report(experiment: Experiment, places: Mapping[Run, Path], out: Path, comman
     print()
     for claim in claims:
         print({True: "holds     ", False: "FAILS     ", None: "not judged"}[claim.holds], f"{claim.text}: {claim.seen}")
-    records = next(iter(places.values())).parent
-    print(f"\nfigure   {out / 'figure.png'}\ntable    {out / 'table.csv'}\nrecords  {records}")
+    print(f"\nfigure   {out / 'figure.png'}\ntable    {out / 'table.csv'}")
+    if places:
+        print(f"records  {next(iter(places.values())).parent}")
     return int(any(claim.holds is False for claim in claims))
+
+
+def gather(experiment: Experiment, places: Mapping[Run, Path], options: Options) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """A row per run, and what the experiment measures itself; the header of the first run, or of what was measured."""
+    rows = [_row(experiment, run, place) for run, place in places.items()]
+    header = dict(Record.load(next(iter(places.values()))).header) if places else {}
+    measure: Callable[[Options], tuple[list[dict[str, Any]], dict[str, Any]]] | None
+    measure = getattr(experiment, "measure", None)
+    if measure is not None:
+        measured, measured_on = measure(options)
+        rows += measured
+        header = header or measured_on
+    return pd.DataFrame(rows), header
+
+
+def _plain(value: Any) -> Any:
+    """Of a number or truth value of numpy's what JSON can hold."""
+    return value.item()
 
 
 @contextmanager
@@ -185,6 +226,8 @@ def _row(experiment: Experiment, run: Run, place: Path) -> dict[str, Any]:
 
 
 def _setting(header: Mapping[str, Any]) -> str:
+    if "run" not in header:
+        return f"measured on {header['hardware']}"
     run = header["run"]
     clock = "SIMULATED, on a virtual clock at the pace of" if header["simulated"] else "measured on"
     pool = f"pool of {header['capacity']} tokens in blocks of {run['block']}"
@@ -207,7 +250,8 @@ def _show(bar: Any, done: float, more: float) -> None:
 def _announce(bar: Any, run: Run) -> None:
     """A line per run where there is no terminal to draw a bar on."""
     if bar.disable:
-        print(f"done: {run.allocator}, {run.scheduler}, seed {run.seed}", file=sys.stderr, flush=True)
+        rate = f", {run.rate:g} requests/s" if run.rate else ""
+        print(f"done: {label(run)}, {run.workload}{rate}, seed {run.seed}", file=sys.stderr, flush=True)
 
 
 def _in_processes(places: Mapping[Run, Path], tell: Progress, finished: Callable[[Run], None]) -> None:

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from lab.allocators import ALLOCATORS, Allocator
-from lab.core import Group, InputError, Limits, Request, Sequence, unknown
+from lab.core import Group, InputError, Limits, Request, SamplingParams, Sequence, unknown
 from lab.engine import Engine
 from lab.executors.simulated import FittedCost, SimulatedExecutor
 from lab.hardware import hardware, pool_tokens
@@ -27,6 +27,7 @@ from lab.sources import digest, sources
 from lab.workloads import ARRIVALS, Requests, workload
 from lab.workloads import describe as describe_workload
 from lab.workloads.builtin import DATA
+from lab.workloads.content import dress
 
 EXECUTORS = ("simulated", "torch")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -50,6 +51,10 @@ class Run:
     watermark: float | None = None  # share of the blocks that an admission leaves free; None leaves it to the scheduler
     pool: str | None = None  # tokens, bytes ("12GiB"), a share of free memory ("90%"); None: the virtual machine's own
     length: int = 2048  # longest sequence, prompt and output
+    n: int = 1  # outputs of each request
+    beams: int = 0  # width of a beam search; 0: none
+    prefix: int = 0  # tokens that all prompts begin with, before their own
+    reserve_prefix: bool = False  # computed once, before the first request, and kept (Kwon et al., section 4.4)
     executor: str = "simulated"
     model: str = "opt-13b"
     hardware: str = "a100-40gb"  # the virtual clock's: a name, or a JSON file of fitted step times
@@ -60,6 +65,7 @@ class Run:
     burstiness: float = 1.0  # of gamma arrivals: 1 is Poisson's, less is burstier
     rate: float | None = 4.0  # requests per second
     duration_s: float | None = 900.0  # of the arrivals; the run is cut off there
+    drain: bool = False  # not cut off: all that has arrived is served
     count: int | None = None  # requests
     steps: int | None = None  # the run is cut off there
     seed: int = 0
@@ -102,6 +108,7 @@ def check(run: Run) -> None:
     for name, number in (("rate", run.rate), ("duration", run.duration_s), ("count", run.count), ("steps", run.steps)):
         if number is not None and not (number > 0 and math.isfinite(number)):
             raise InputError(f"{name} {number}: must be a number above zero")
+    SamplingParams(n=run.n, beams=run.beams)
     pool = pool_of(run)
     longest = (
         shape(run.model).max_length if run.simulated else real().model(run.model, run.device, run.dtype).max_length
@@ -110,6 +117,10 @@ def check(run: Run) -> None:
         raise InputError(
             f"length {run.length}: model {run.model!r} takes 3 to {longest} tokens a sequence: change one of them"
         )
+    if not 0 <= run.prefix <= run.length - 3:
+        raise InputError(f"prefix of {run.prefix} tokens: must leave room for 3 of the {run.length} of a sequence")
+    if run.reserve_prefix and not run.prefix:
+        raise InputError("reserve-prefix: there is no prefix to reserve; give its length with --prefix")
     with blame(run, lambda: "before any work"):
         scheduler = scheduler_of(run, pool.tokens)
         if run.simulated:
@@ -190,7 +201,7 @@ def carry_out(run: Run, path: Path | None, tell: Progress = lambda share: None) 
         if not run.simulated:
             executor.reset_clock()
         with blame(run, lambda: f"in step {recorder.next_step}"):
-            engine.run(requests, run.duration_s or math.inf, go_on)
+            engine.run(requests, math.inf if run.drain else run.duration_s or math.inf, go_on)
         if not run.simulated:
             recorder.header["device_memory"] = executor.memory._asdict()
     return recorder
@@ -212,6 +223,11 @@ def requests_of(run: Run) -> Requests:
             executor=run.executor,
             model=run.model,
             length=run.length,
+            n=run.n,
+            beams=run.beams,
+            prefix=run.prefix,
+            device=run.device,
+            dtype=run.dtype,
             workload=run.workload,
             arrivals=run.arrivals,
             burstiness=run.burstiness,
@@ -226,7 +242,7 @@ def requests_of(run: Run) -> Requests:
 @lru_cache(maxsize=16)
 def _requests(run: Run) -> Requests:
     timed = run.arrivals != "all"
-    return workload(
+    requests = workload(
         run.workload,
         rate_per_s=run.rate if timed else None,
         duration_s=run.duration_s if timed else None,
@@ -234,9 +250,11 @@ def _requests(run: Run) -> Requests:
         seed=run.seed,
         arrivals=run.arrivals,
         burstiness=run.burstiness,
-        limit=run.length,
+        limit=run.length - run.prefix,
         encode=None if run.simulated else lambda text: real().encoder(run.model)(text),
     )
+    vocabulary = None if run.simulated else real().model(run.model, run.device, run.dtype).vocab_size
+    return dress(requests, run.n, run.beams, run.prefix, vocabulary)
 
 
 def scheduler_of(run: Run, tokens: int) -> Scheduler:

@@ -48,12 +48,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lab.record": {"lab.core", "lab.allocators", "lab.tables"},
     "lab.latency": {"lab.core", "lab.record"},
     "lab.metrics": {"lab.core", "lab.record", "lab.latency"},
-    "lab.plot": {"lab.core", "lab.systems"},
+    "lab.plot": {"lab.core"},
     "lab.real": {"lab.core", "lab.pool", "lab.models", "lab.executors.cache", "lab.executors.torch"},
     "lab.run": POLICIES
     | {"lab.engine", "lab.executors.simulated", "lab.hardware", "lab.shapes", "lab.pool", "lab.real", "lab.record"}
-    | {"lab.sources", "lab.systems", "lab.workloads"},
-    "lab.harness": {"lab.core", "lab.plot", "lab.record", "lab.run", "lab.metrics", "lab.latency"},
+    | {"lab.sources", "lab.workloads"},
+    "lab.harness": {"lab.core", "lab.plot", "lab.record", "lab.run", "lab.metrics", "lab.latency", "lab.systems"},
     "experiments": POLICIES
     | {"lab.executors.simulated", "lab.hardware", "lab.shapes", "lab.workloads", "lab.record", "lab.run", "lab.harness"}
     | {"lab.latency", "lab.metrics", "lab.plot", "lab.systems"},

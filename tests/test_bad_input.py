@@ -395,7 +395,7 @@ from lab.schedulers.continuous import Continuous
 
 class Raises(Paged):
     def extend(self, s, length):
-        if len(s.tokens) > s.group.request.prompt[-1] + 20:
+        if len(s.tokens) > len(s.group.request.prompt) + 20:
             raise ZeroDivisionError("my own mistake")
         return super().extend(s, length)
 

@@ -80,6 +80,6 @@ def test_padding_counts_as_it_is_computed(scheduler: str, tmp_path: Path) -> Non
 
 
 def test_it_is_about_real_devices() -> None:
-    options = Options({"executor": "simulated"}, None, None, [0], False, Path("results"))
+    options = Options({"executor": "simulated"}, None, None, None, [0], False, Path("results"))
     with pytest.raises(InputError, match="checks the virtual clock against torch"):
         clock.runs(options)

@@ -122,7 +122,10 @@ def test_no_place_for_a_figure(tmp_path: Path) -> None:
 
 def test_a_policy_looks_the_same_everywhere() -> None:
     known = [plot.style(name) for name in plot.POLICIES]
-    assert len({s["color"] for s in known}) == len({s["marker"] for s in known}) == len(known)
+    allocators, systems = known[:6], known[6:]
+    for together in (allocators, systems):
+        assert len({tuple(s.values()) for s in together}) == len({s["marker"] for s in together}) == len(together)
+    assert plot.style("vllm") == plot.style("paged"), "a system looks like the allocator that makes it"
     assert plot.style("my_module:Mine") == plot.style("my_module:Mine")
     assert plot.style("my_module:Mine") not in known
     assert len({tuple(plot.style(f"policy-{i}").values()) for i in range(200)}) > 40

@@ -108,6 +108,11 @@ OTHER = {
     "count": 7,
     "steps": 9,
     "seed": 1,
+    "n": 2,
+    "beams": 2,
+    "prefix": 80,
+    "reserve_prefix": True,
+    "drain": True,
 }
 
 
@@ -141,7 +146,7 @@ USED = [
     ("lab/shapes.py", Run(), True),
     ("lab/executors/torch.py", Run(), False),
     ("lab/metrics.py", Run(), False),
-    ("lab/plot.py", Run(), False),
+    ("lab/plot/memory.py", Run(), False),
     ("lab/workloads/lengths.py", Run(), True),
     ("lab/workloads/data/sharegpt_joint_quantiles.csv", Run(), True),
     ("lab/executors/torch.py", REAL, True),

@@ -84,7 +84,7 @@ class Allocator:
 
         The default is for allocators to which one block is as good as another and whose outputs share nothing.
         """
-        return request.sampling.n * blocks(self.last(request), self.block) <= self.num_blocks
+        return request.sampling.width * blocks(self.last(request), self.block) <= self.num_blocks
 
     def last(self, request: Request) -> int:
         """Tokens in memory when one of its sequences ends; K and V of the last token are never computed."""

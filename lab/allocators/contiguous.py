@@ -40,7 +40,7 @@ class Contiguous(Allocator):
         slab = self.empty()
         last = self.last(request)
         size = blocks(self.ask(request, last), self.block)
-        return all(slab.allocate(size) for _ in range(request.sampling.n))
+        return all(slab.allocate(size) for _ in range(request.sampling.width))
 
     def admit(self, group: Group, spare: int = 0) -> int | None:
         for i, s in enumerate(group.live):

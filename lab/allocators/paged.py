@@ -36,7 +36,7 @@ class Paged(Allocator):
         last = self.last(request)
         asked = blocks(self.ask(request, last), self.block)
         shared = (len(request.prompt) - 1) // self.block
-        return asked + (request.sampling.n - 1) * (asked - shared) <= self.num_blocks
+        return asked + (request.sampling.width - 1) * (asked - shared) <= self.num_blocks
 
     def admit(self, group: Group, spare: int = 0) -> int | None:
         """Blocks for the leader; the others fork from it once the tokens they share are computed."""

@@ -48,7 +48,9 @@ def digest(requests: Iterable[Request]) -> str:
     for r in requests:
         prompt = repr(r.prompt) if isinstance(r.prompt, range) else ",".join(map(str, r.prompt))
         s = r.sampling
-        sampling = (s.max_tokens, s.n, s.temperature, s.top_k, s.top_p, s.seed, s.stop, s.logprobs)
+        sampling: tuple[object, ...] = (s.max_tokens, s.n, s.temperature, s.top_k, s.top_p, s.seed, s.stop, s.logprobs)
+        if s.beams:
+            sampling = (*sampling, s.beams)
         sha.update(f"{r.id} {float(r.arrival_s)!r} {prompt} {r.output} {sampling}\n".encode())
     return sha.hexdigest()[:16]
 

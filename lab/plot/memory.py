@@ -1,12 +1,10 @@
-"""One function per kind of figure. A policy has one colour and marker, a memory category one colour, in all of them."""
+"""Where KV memory goes: stacked bars, over time, and on two clocks. A memory category has one colour in all of them."""
 
 from __future__ import annotations
 
 import textwrap
-import zlib
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -18,11 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from lab.core import InputError
-
-# Okabe and Ito's palette, which the colour-blind can tell apart
-BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
-GREY, INK, MUTED = "#8C8C8C", "#222222", "#6E6E6E"
+from lab.plot.style import BLUE, FONT, GREY, INK, MUTED, ORANGE, PURPLE, VERMILION, entitle, seeds_of, style
 
 CATEGORIES = {  # from the bottom up: colour, hatch, what it is called
     "stored": (BLUE, "", "token states"),
@@ -35,44 +29,7 @@ CATEGORIES = {  # from the bottom up: colour, hatch, what it is called
 }
 OTHERS = ("rounding", "cached", "free")  # the paper's "external fragmentation & others"
 PAPER = ("stored", "reserved", "excess", "others")
-
-POLICIES = {  # the systems that meet in most figures; any other policy gets the style that its name hashes to
-    "paged": (BLUE, "o"),
-    "contiguous-max": (VERMILION, "s"),
-    "contiguous-pow2": (ORANGE, "^"),
-    "contiguous-oracle": (GREEN, "D"),
-    "contiguous-oracle-firstfit": (PURPLE, "v"),
-    "paged-oracle": (SKY, "P"),
-}
-COLORS = [BLUE, VERMILION, ORANGE, GREEN, PURPLE, SKY, BLACK]
-MARKERS = ["X", "*", "<", ">", "p", "h", "d"]  # none of POLICIES, so that a stranger is never taken for one of them
-
 SMALLEST = 4.0  # per cent: segments below carry no number
-FONT: Any = {
-    "font.size": 9,
-    "axes.titlesize": 11,
-    "axes.labelsize": 10,
-    "hatch.linewidth": 0.6,
-    "svg.hashsalt": "kvlab",
-}
-
-
-def style(policy: str) -> dict[str, str]:
-    """Colour and marker of a policy, from its name alone: the same in every figure."""
-    if policy in POLICIES:
-        color, marker = POLICIES[policy]
-    else:
-        code = zlib.crc32(policy.encode())
-        color, marker = COLORS[code % len(COLORS)], MARKERS[code // len(COLORS) % len(MARKERS)]
-    return {"color": color, "marker": marker}
-
-
-def setting(header: Mapping[str, Any]) -> str:
-    """Model, workload, and whether a clock was real: what a reader must know before believing a number."""
-    clock = "simulated (virtual clock, {})" if header.get("simulated") else "measured on {}"
-    hardware = Path(str(header.get("hardware"))).stem  # a name, or a file of fitted step times
-    workload = Path(str(header.get("workload"))).name  # a name, or a file
-    return f"{header.get('model')}, {workload}, {clock.format(hardware)}"
 
 
 def fragmentation(
@@ -106,7 +63,7 @@ def fragmentation(
         _percent(axes)
         compared = any(name in paper for name in names)
         _legend(figure, [c for c in CATEGORIES if rows[c].max() >= 0.05], compared)
-        _title(figure, axes, "Where KV memory goes", header, _seeds(rows["seed"]))
+        entitle(figure, axes, "Where KV memory goes", header, seeds_of(rows["seed"]))
     return figure
 
 
@@ -131,7 +88,7 @@ def agreement(rows: pd.DataFrame, header: Mapping[str, Any], shares: Seq[str], p
         figure.legend(handles=[*marks, *patches], loc="outside right upper", fontsize=8, frameon=False)
         axes.set_xlabel("share of the KV pool on the real clock (%)")
         axes.set_ylabel("virtual clock less real (points)")
-        _title(figure, axes, "How far to trust the virtual clock", header, _seeds(rows["seed"]))
+        entitle(figure, axes, "How far to trust the virtual clock", header, seeds_of(rows["seed"]))
     return figure
 
 
@@ -160,23 +117,8 @@ def memory_over_time(categories: pd.DataFrame, header: Mapping[str, Any], points
         _percent(axes)
         axes.set_ylim(0, 100)
         _legend(figure, shown, compared=False)
-        _title(figure, axes, "KV memory over time", header, f"seed {header.get('seed')}")
+        entitle(figure, axes, "KV memory over time", header, f"seed {header.get('seed')}")
     return figure
-
-
-def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write `stem`.png and `stem`.svg; returns both paths."""
-    paths = [stem.parent / f"{stem.name}.{kind}" for kind in ("png", "svg")]
-    try:
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        with mpl.rc_context(FONT):
-            figure.savefig(paths[0], dpi=200)
-            figure.savefig(paths[1], metadata={"Date": None})  # the same figure is the same file
-    except OSError as error:
-        raise InputError(
-            f"{stem}: the figure cannot be written ({error.strerror}): free some space or give --out"
-        ) from None
-    return paths
 
 
 def _ours(axes: Axes, x: float, runs: pd.DataFrame) -> None:
@@ -219,20 +161,6 @@ def _tick(label: str, rows: pd.DataFrame, labels: pd.Series, systems: Mapping[st
     name = rows["allocator"][labels == label].iloc[0]
     lines = textwrap.wrap(label, 17)
     return "\n".join([systems[name], *lines] if name in systems else lines)
-
-
-def _seeds(seeds: pd.Series) -> str:
-    known = sorted(seeds.unique())
-    if len(known) == 1:
-        return f"seed {known[0]}"
-    whole = known == list(range(known[0], known[-1] + 1))
-    listed = f"{known[0]} to {known[-1]}" if whole else ", ".join(map(str, known))
-    return f"means over seeds {listed} (bars: standard deviation)"
-
-
-def _title(figure: Figure, axes: Axes, text: str, header: Mapping[str, Any], drawn: str) -> None:
-    figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold")
-    axes.set_title(f"{setting(header)}, {drawn}", loc="left", fontsize=9, color=INK)
 
 
 def _percent(axes: Axes) -> None:

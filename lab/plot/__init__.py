@@ -1,0 +1,18 @@
+"""One function per kind of figure, from rows or tables; each says its setting and whether it was simulated."""
+
+from lab.plot.charts import bars, heat, lines
+from lab.plot.memory import CATEGORIES, agreement, fragmentation, memory_over_time
+from lab.plot.style import POLICIES, save, style
+
+__all__ = [
+    "CATEGORIES",
+    "POLICIES",
+    "agreement",
+    "bars",
+    "fragmentation",
+    "heat",
+    "lines",
+    "memory_over_time",
+    "save",
+    "style",
+]

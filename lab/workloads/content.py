@@ -1,0 +1,47 @@
+"""What a run adds to the requests of a workload: outputs or beams for each, a prefix that all share, and content.
+
+Where only the lengths of a workload are known, each prompt gets token ids that no other begins with, so that a prefix
+cache finds what is shared on purpose and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lab.core import InputError, Request
+from lab.workloads.describe import Requests
+
+STRIDE = 7919  # a prime: within a vocabulary, prompts begin with different tokens until all have been used
+APART = 1 << 32  # between the token ids of two prompts, where no model will look at them
+
+
+def dress(requests: Requests, n: int = 1, beams: int = 0, prefix: int = 0, vocabulary: int | None = None) -> Requests:
+    """The same requests with `n` outputs (each its own where 1), beams, and `prefix` tokens before every prompt.
+
+    `vocabulary` bounds token ids where a model will read them. Raises InputError where it is too small.
+    """
+    return Requests((_dressed(r, n, beams, prefix, vocabulary) for r in requests), requests.dropped)
+
+
+def _dressed(request: Request, n: int, beams: int, prefix: int, vocabulary: int | None) -> Request:
+    prompt = request.prompt
+    if isinstance(prompt, range):
+        prompt = _content(request.id, prefix, len(prompt), vocabulary)
+    if prefix:
+        prompt = (*range(prefix), *prompt)
+    sampling = request.sampling
+    if n > 1 or beams:
+        sampling = replace(sampling, n=n, beams=beams)
+    return replace(request, prompt=prompt, sampling=sampling)
+
+
+def _content(id: int, prefix: int, tokens: int, vocabulary: int | None) -> range:
+    """Ids beyond those of the prefix."""
+    if vocabulary is None:
+        first = prefix + (id + 1) * APART
+    else:
+        room = vocabulary - prefix - tokens
+        if room < 1:
+            raise InputError(f"{prefix} + {tokens} tokens of different ids: the vocabulary has only {vocabulary}")
+        first = prefix + id * STRIDE % room
+    return range(first, first + tokens)
