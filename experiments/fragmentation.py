@@ -81,7 +81,7 @@ def runs(options: Options) -> list[Run]:
     base = _base(options)
     if options.quick:
         base = replace(base, **_quick(base))
-    seeded = [replace(base, seed=seed) for seed in options.seeds]
+    seeded = [replace(base, seed=seed) for seed in options.seeds or [0]]
     if not base.simulated and base.workload.startswith("prompts"):
         seeded = [replace(run, workload=str(_answers(run, options.out))) for run in seeded]
     if options.systems:

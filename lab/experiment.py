@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--drain", action="store_true", default=None, help="do not cut it off: serve all that has arrived")
     add("--count", type=int, metavar="N", help="requests at most")
     add("--steps", type=int, metavar="N", help="iterations after which a run is cut off")
-    add("--seeds", default="0", metavar="0,1,2 or 0-9", help="repeat with these seeds (default: 0)")
+    add("--seeds", metavar="0,1,2 or 0-9", help="repeat with these seeds (default: the experiment's own)")
     add("--out", type=Path, default=Path("results"), metavar="DIR", help="where results go (default: results)")
     add(
         "--quick",
@@ -199,7 +199,9 @@ def _systems(args: argparse.Namespace) -> list[str] | None:
     return [system(name.strip()).name for name in args.system.split(",")]
 
 
-def _seeds(text: str) -> list[int]:
+def _seeds(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
     try:
         first, dash, last = text.partition("-")
         seeds = list(range(int(first), int(last) + 1)) if dash else [int(seed) for seed in text.split(",")]

@@ -50,7 +50,7 @@ class Options:
     allocators: list[str] | None
     schedulers: list[str] | None
     systems: list[str] | None
-    seeds: list[int]
+    seeds: list[int] | None
     quick: bool
     out: Path
 
