@@ -120,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--n", type=int, metavar="N", help="outputs of each request, which share its prompt (default: 1)")
     add("--beams", type=int, metavar="K", help="width of a beam search (default: none)")
+    add("--max-tokens", type=int, metavar="TOKENS", help="what clients ask for, who do not know how long answers are")
     add("--prefix", type=int, metavar="TOKENS", help="a prefix that all prompts share, put before each of them")
     add("--reserve-prefix", action="store_true", default=None, help="it is computed once, before the first request")
     add("--watermark", type=float, metavar="SHARE", help="of the blocks, left free by admissions (default: 0.01, or 0)")

@@ -53,6 +53,7 @@ class Run:
     length: int = 2048  # longest sequence, prompt and output
     n: int = 1  # outputs of each request
     beams: int = 0  # width of a beam search; 0: none
+    max_tokens: int | None = None  # that clients ask for; None: what the workload says, or the forced output itself
     prefix: int = 0  # tokens that all prompts begin with, before their own
     reserve_prefix: bool = False  # computed once, before the first request, and kept (Kwon et al., section 4.4)
     executor: str = "simulated"
@@ -108,7 +109,7 @@ def check(run: Run) -> None:
     for name, number in (("rate", run.rate), ("duration", run.duration_s), ("count", run.count), ("steps", run.steps)):
         if number is not None and not (number > 0 and math.isfinite(number)):
             raise InputError(f"{name} {number}: must be a number above zero")
-    SamplingParams(n=run.n, beams=run.beams)
+    SamplingParams(n=run.n, beams=run.beams, max_tokens=1 if run.max_tokens is None else run.max_tokens)
     pool = pool_of(run)
     longest = (
         shape(run.model).max_length if run.simulated else real().model(run.model, run.device, run.dtype).max_length
@@ -226,6 +227,7 @@ def requests_of(run: Run) -> Requests:
             n=run.n,
             beams=run.beams,
             prefix=run.prefix,
+            max_tokens=run.max_tokens,
             device=run.device,
             dtype=run.dtype,
             workload=run.workload,
@@ -254,7 +256,7 @@ def _requests(run: Run) -> Requests:
         encode=None if run.simulated else lambda text: real().encoder(run.model)(text),
     )
     vocabulary = None if run.simulated else real().model(run.model, run.device, run.dtype).vocab_size
-    return dress(requests, run.n, run.beams, run.prefix, vocabulary)
+    return dress(requests, run.n, run.beams, run.prefix, run.max_tokens, vocabulary)
 
 
 def scheduler_of(run: Run, tokens: int) -> Scheduler:

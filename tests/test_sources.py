@@ -111,6 +111,7 @@ OTHER = {
     "n": 2,
     "beams": 2,
     "prefix": 80,
+    "max_tokens": 512,
     "reserve_prefix": True,
     "drain": True,
 }

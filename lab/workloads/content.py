@@ -15,15 +15,26 @@ STRIDE = 7919  # a prime: within a vocabulary, prompts begin with different toke
 APART = 1 << 32  # between the token ids of two prompts, where no model will look at them
 
 
-def dress(requests: Requests, n: int = 1, beams: int = 0, prefix: int = 0, vocabulary: int | None = None) -> Requests:
+def dress(
+    requests: Requests,
+    n: int = 1,
+    beams: int = 0,
+    prefix: int = 0,
+    max_tokens: int | None = None,
+    vocabulary: int | None = None,
+) -> Requests:
     """The same requests with `n` outputs (each its own where 1), beams, and `prefix` tokens before every prompt.
 
+    `max_tokens` is what clients ask for who do not know how long the answer will be; longer forced outputs raise it.
     `vocabulary` bounds token ids where a model will read them. Raises InputError where it is too small.
     """
-    return Requests((_dressed(r, n, beams, prefix, vocabulary) for r in requests), requests.dropped)
+    dressed = (_dressed(r, n, beams, prefix, max_tokens, vocabulary) for r in requests)
+    return Requests(dressed, requests.dropped)
 
 
-def _dressed(request: Request, n: int, beams: int, prefix: int, vocabulary: int | None) -> Request:
+def _dressed(
+    request: Request, n: int, beams: int, prefix: int, max_tokens: int | None, vocabulary: int | None
+) -> Request:
     prompt = request.prompt
     if isinstance(prompt, range):
         prompt = _content(request.id, prefix, len(prompt), vocabulary)
@@ -32,6 +43,8 @@ def _dressed(request: Request, n: int, beams: int, prefix: int, vocabulary: int 
     sampling = request.sampling
     if n > 1 or beams:
         sampling = replace(sampling, n=n, beams=beams)
+    if max_tokens is not None:
+        sampling = replace(sampling, max_tokens=max(max_tokens, request.output or 1))
     return replace(request, prompt=prompt, sampling=sampling)
 
 
