@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable
@@ -127,10 +128,13 @@ class Group:
     a preemption by recomputation the same rule applies to whatever prefix they still have in common.
     """
 
-    __slots__ = ("ended", "live", "preemptions", "request")
+    __slots__ = ("ended", "forks", "live", "preemptions", "request")
 
     def __init__(self, request: Request) -> None:
         self.request = request
+        self.forks: list[
+            tuple[Sequence, Sequence]
+        ] = []  # due before the next step: (parent, who takes over its tokens)
         self.live = [Sequence(self, i, list(request.prompt)) for i in range(request.sampling.width)]
         self.ended: list[Sequence] = []
         self.preemptions = 0
@@ -146,14 +150,24 @@ class Group:
     def sequences(self) -> list[Sequence]:
         return self.live + self.ended
 
+    def outputs(self) -> list[list[int]]:
+        """Tokens of what has ended, prompts included, in order of the outputs."""
+        return [s.tokens for s in sorted(self.ended, key=lambda s: s.index)]
+
+    @property
+    def together(self) -> bool:
+        """Must its sequences be sampled in the same step?"""
+        return self.request.sampling.beams > 0
+
     @property
     def distinct(self) -> int:
-        """Computed tokens, a shared prefix counted once: what a preemption loses."""
-        computed = [s.computed for s in self.live]
-        if len(self.live) == 1 or not min(computed):
-            return sum(computed)
-        shared = min(common_prefix([s.tokens for s in self.live]), *computed)
-        return sum(computed) - shared * (len(computed) - 1)
+        """Computed tokens, a prefix that several share counted once: what a preemption loses."""
+        total = sum(s.computed for s in self.live)
+        if len(self.live) > 1:
+            ordered = sorted(self.live, key=lambda s: s.tokens)  # then whoever shares most is next to each other
+            for s, following in itertools.pairwise(ordered):
+                total -= min(common_prefix([s.tokens, following.tokens]), s.computed, following.computed)
+        return total
 
     def __repr__(self) -> str:
         return f"Group({self.request.id}, live={self.live}, ended={self.ended})"

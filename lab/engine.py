@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Seq
 from typing import Protocol
 
 from lab.allocators import Allocator
+from lab.beams import Beams, group_of
 from lab.core import Group, InputError, Plan, Request, Sampled, Sequence
 from lab.executors import Executor
 from lab.schedulers import Scheduler
@@ -72,6 +74,24 @@ class Engine:
         self.inbox.append(request_id)
         self.executor.wake()
 
+    def reserve(self, prompt: Seq[int]) -> int:
+        """Compute a prefix that requests will share and keep it in memory, before any of them (unrecorded).
+
+        Returns how many of its tokens are kept: whole blocks, and none where the allocator shares no memory.
+        """
+        assert not self.groups, "reserve before the first request"
+        if type(self.allocator).pin is Allocator.pin:
+            return 0
+        recorder, self.recorder = self.recorder, None
+        group = Group(Request(-1, self.executor.now, prompt, output=2))  # one more than what computes the prompt
+        self.scheduler.submit(group)
+        while group.live[0].computed < len(prompt):
+            self.step()
+        kept = self.allocator.pin(group.live[0])
+        self.scheduler.cancel(group)
+        self.recorder = recorder
+        return kept
+
     def refusal(self, request: Request) -> str | None:
         """Why the request can never run here, or None."""
         limit = self.scheduler.limits.length
@@ -84,8 +104,9 @@ class Engine:
         if request.id in self.groups:
             return f"request {request.id} is in flight already; give each request an id of its own"
         width = request.sampling.width
-        if width > self.scheduler.limits.seqs:
-            rule = f"{width} sequences exceed the {self.scheduler.limits.seqs} of a step"
+        most = min(self.scheduler.limits.seqs, self.scheduler.limits.tokens)
+        if width > most:
+            rule = f"{width} sequences exceed the {most} of a step"
             return f"request {request.id}: {rule}; lower n or beams"
         try:
             fits = self.allocator.fits(request)
@@ -134,6 +155,9 @@ class Engine:
             sampled = self.executor.collect()
         done = self._append(sampled)
         self._record(start_s, plan, sampled)
+        for group in {s.group: None for s in sampled if s.group.forks}:
+            for _, dropped in group.forks:
+                dropped.computed = 0  # what its memory holds is not of its tokens any more
         if done:
             self._finish(done)
         return True
@@ -145,7 +169,7 @@ class Engine:
             if reason:
                 self.recorder.refused(self.executor.now, request, reason)
         if reason is None:
-            group = self.groups[request.id] = Group(request)
+            group = self.groups[request.id] = group_of(request)
             self.scheduler.submit(group)
 
     def _read_inbox(self) -> None:
@@ -171,12 +195,14 @@ class Engine:
             )
         self.executor.wait(until_s)
 
-    def _append(self, sampled: Mapping[Sequence, list[Sampled]]) -> list[tuple[Sequence, str]]:
+    def _append(self, sampled: dict[Sequence, list[Sampled]]) -> list[tuple[Sequence, str]]:
         """Append what was sampled; returns the sequences that have ended, each with the reason."""
         done = []
         limit = self.scheduler.limits.length
         for s, samples in sampled.items():
             request = s.group.request
+            if request.sampling.beams:
+                continue
             for sample in samples:
                 s.tokens.append(sample.token)
                 outputs = len(s.tokens) - len(request.prompt)
@@ -190,7 +216,25 @@ class Engine:
                 elif outputs >= request.sampling.max_tokens or len(s.tokens) >= limit:
                     done.append((s, "length"))
                     break
+        for group in {s.group: None for s in sampled if s.group.together}:
+            assert isinstance(group, Beams)
+            done += self._advance(group, sampled)
         return done
+
+    def _advance(self, group: Beams, sampled: dict[Sequence, list[Sampled]]) -> list[tuple[Sequence, str]]:
+        """A step of a beam search, whose candidates become what was sampled; all its beams end together."""
+        request = group.request
+        drawn = {s: sampled.pop(s)[0] for s in group.live}
+        if request.output is None:
+            ends = self.eos | set(request.sampling.stop)
+            most = min(request.sampling.max_tokens, self.scheduler.limits.length - len(request.prompt))
+        else:
+            ends, most = frozenset(), request.output
+        sampled.update(group.advance(drawn, ends, most))
+        if not group.over:
+            return []
+        reason = "length" if all(h.reason == "length" for h in group.finished) else "stop"
+        return [(s, reason) for s in group.live]
 
     def _record(self, start_s: float, plan: Plan, sampled: Mapping[Sequence, list[Sampled]]) -> None:
         if self.recorder is None:

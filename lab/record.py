@@ -82,7 +82,7 @@ class Recorder:
         if request.id in self._unfinished:
             outputs = self._unfinished[request.id][1]
             outputs[s.index] = s.outputs
-            if len(outputs) == request.sampling.n:
+            if len(outputs) == request.sampling.width:
                 self._finish(request)
 
     def cancelled(self, time_s: float, group: Group) -> None:
@@ -147,7 +147,7 @@ class Recorder:
             _, outputs = self._unfinished.pop(request.id)
             known = request.output or max(outputs.values(), default=0)
             sampling = request.sampling
-            sizes = (len(request.prompt), known, request.output is not None, sampling.max_tokens, sampling.n)
+            sizes = (len(request.prompt), known, request.output is not None, sampling.max_tokens, sampling.width)
             self._rows["requests"].append((request.id, request.arrival_s, *sizes, sampling.temperature))
 
     def _decisions(self, time_s: float, plan: Plan) -> None:

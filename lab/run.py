@@ -133,14 +133,17 @@ def check_requests(run: Run, scheduler: Scheduler) -> None:
     """Can any of the run's requests ever be served, and does the allocator know what it must know of all of them?"""
     engine = Engine(scheduler, SimulatedExecutor(shape("opt-13b"), hardware("a100-40gb")))
     allocator, requests = scheduler.allocator, requests_of(run)
+    served, refusal = None, ""
     for request in requests:
         if request.output is None:
             allocator.wants(Group(request).live[0])  # an oracle's word that it cannot tell
-    reasons = [engine.refusal(request) for request in requests]
-    if None not in reasons:
+        reason = engine.refusal(request)
+        served = request if served is None and reason is None else served
+        refusal = refusal or reason or ""
+    if served is None:
         rule = f"none of the {len(requests)} requests can ever run"
-        raise InputError(f"allocator {run.allocator!r}: {rule}; {reasons[0]}")
-    wrong = nonsense(allocator, requests[reasons.index(None)])
+        raise InputError(f"allocator {run.allocator!r}: {rule}; {refusal}")
+    wrong = nonsense(allocator, served)
     if wrong:
         raise InputError(f"allocator {run.allocator!r}, with one request in an empty pool: {wrong}")
 
@@ -186,19 +189,25 @@ def carry_out(run: Run, path: Path | None, tell: Progress = lambda share: None) 
     pool = pool_of(run)
     scheduler = scheduler_of(run, pool.tokens)
     executor = executor_of(run, pool.tokens)
-    ended: list[int] = []
+    ended = 0
     eos = () if run.simulated else executor.model.eos
     with Recorder(path, header_of(run, requests, pool)) as recorder:
-        engine = Engine(scheduler, executor, recorder, eos=eos, on_end=lambda group: ended.append(group.request.id))
         steps = itertools.count(1)
+
+        def on_end(_: Group) -> None:
+            nonlocal ended
+            ended += 1
 
         def go_on() -> bool:
             count = next(steps)
             if count % 64 == 0 or not run.simulated:
                 shares = executor.now / (run.duration_s or math.inf), count / (run.steps or math.inf)
-                tell(min(1.0, max(*shares, len(ended) / len(requests))))
+                tell(min(1.0, max(*shares, ended / len(requests))))
             return count != run.steps
 
+        engine = Engine(scheduler, executor, recorder, eos=eos, on_end=on_end)
+        if run.reserve_prefix:
+            engine.reserve(range(run.prefix))
         if not run.simulated:
             executor.reset_clock()
         with blame(run, lambda: f"in step {recorder.next_step}"):

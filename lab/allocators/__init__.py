@@ -75,6 +75,14 @@ class Allocator:
         self.copy(self.tables[parent], self.tables[child], length)
         return True
 
+    def pin(self, s: Sequence) -> int:
+        """Keep the first tokens of `s` for good, for others that begin with them (Kwon et al., section 4.4).
+
+        Returns how many are kept; the sequence itself is then released like any other. Default: none, as in systems
+        that share no memory.
+        """
+        return 0
+
     def wants(self, s: Sequence) -> int:
         """Tokens the policy would ask for if `s` were admitted now."""
         return len(s.tokens)

@@ -49,13 +49,14 @@ class Host:
         if group not in self.saved:
             raise KeyError(group)
         mark = len(allocator.moves)
-        if allocator.admit(group, spare) is None:
+        hit = allocator.admit(group, spare)
+        if hit is None:
             return False
         for s in group.live:
-            if s in self.saved[group] and not self._restore(allocator, group, s):
+            if s in self.saved[group] and not self._restore(allocator, group, s, hit if s is group.live[0] else 0):
                 for restored in group.live:
+                    restored.computed = 0  # before its release: what it would say is computed never came
                     allocator.release(restored)
-                    restored.computed = 0
                 del allocator.moves[mark:]
                 return False
         self.drop(group)
@@ -66,8 +67,11 @@ class Host:
         tables = [table for table, _ in self.saved.pop(group, {}).values()]
         self.free += dict.fromkeys(b for table in tables for b in table)
 
-    def _restore(self, allocator: Allocator, group: Group, s: Sequence) -> bool:
+    def _restore(self, allocator: Allocator, group: Group, s: Sequence, hit: int) -> bool:
+        """`hit` of its tokens are on the device already, in whole blocks."""
         table, tokens = self.saved[group][s]
+        if hit:
+            return self._copy_in(allocator, s, table, tokens, hit // self.block)
         shared = 0
         for other, (others, _) in self.saved[group].items():
             if other is s:
@@ -78,6 +82,11 @@ class Host:
         s.computed = min(shared * self.block, tokens)
         if shared and not allocator.fork(parent, s, s.computed):
             return False
+        return self._copy_in(allocator, s, table, tokens, shared)
+
+    def _copy_in(self, allocator: Allocator, s: Sequence, table: list[int], tokens: int, shared: int) -> bool:
+        """All but the `shared` leading blocks of a sequence."""
+        s.computed = min(shared * self.block, tokens)
         if s.computed < tokens and not allocator.extend(s, tokens):
             return False
         new = allocator.tables[s][shared:]

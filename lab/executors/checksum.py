@@ -53,6 +53,12 @@ def _sample(request: Request, index: int, position: int, total: int, vocabulary:
     return mix(total, request.sampling.seed, request.id, index, position) % vocabulary
 
 
+def continuations(request: Request, position: int, total: int, vocabulary: int) -> list[tuple[int, float]]:
+    """Every next token of a beam with its log-probability, the likeliest first; no two are equally likely."""
+    weights = [(mix(total, request.id, position, token) & 0xFFFFF, token) for token in range(vocabulary)]
+    return [(token, -(weight * vocabulary + token) / 2**21) for weight, token in sorted(weights)]
+
+
 class ChecksumExecutor:
     """Cells instead of K and V. Every step takes one second of virtual time."""
 
@@ -70,9 +76,7 @@ class ChecksumExecutor:
         self._move(plan)
         for s, tokens in plan.work.items():
             self._store(s, tables[s], tokens)
-        self.launched.append(
-            {s: [Sampled(self._next(s, tables[s]))] for s, tokens in plan.work.items() if tokens == s.pending}
-        )
+        self.launched.append({s: [self._next(s, tables[s])] for s, n in plan.work.items() if n == s.pending})
         self.now += 1.0
 
     def collect(self) -> dict[Sequence, list[Sampled]]:
@@ -100,8 +104,12 @@ class ChecksumExecutor:
             before = self.device[self._slot(table, p - 1)] if p else 0
             self.device[self._slot(table, p)] = mix(before, s.tokens[p])
 
-    def _next(self, s: Sequence, table: Seq[int]) -> int:
+    def _next(self, s: Sequence, table: Seq[int]) -> Sampled:
         total = 0
         for p in range(len(s.tokens)):
             total = mix(total, self.device[self._slot(table, p)])
-        return _sample(s.group.request, s.index, len(s.tokens), total, self.vocabulary)
+        request = s.group.request
+        if request.sampling.beams:
+            top = continuations(request, len(s.tokens), total, self.vocabulary)
+            return Sampled(*top[0], tuple(top))
+        return Sampled(_sample(request, s.index, len(s.tokens), total, self.vocabulary))

@@ -31,6 +31,7 @@ class Draw(NamedTuple):
 
     params: SamplingParams
     key: int  # of its noise
+    alternatives: int  # the likeliest tokens, reported with their log-probabilities
 
 
 class Drawn(NamedTuple):
@@ -40,11 +41,15 @@ class Drawn(NamedTuple):
     top_logprobs: Tensor  # float32 [S, n]
 
 
-def draw_of(s: Sequence) -> Draw:
-    """How the next token of `s` is drawn."""
+def draw_of(s: Sequence, ends: int = 1) -> Draw:
+    """How the next token of `s` is drawn; `ends` is the number of tokens that end a text.
+
+    A beam needs as many candidates as there are beams, besides those with which all of them might end.
+    """
     params = s.group.request.sampling
+    alternatives = max(params.logprobs, params.beams * (1 + max(1, ends + len(params.stop))))
     key = noise_key(params.seed, s.group.request.id, s.index, len(s.tokens)) if params.temperature else 0
-    return Draw(params, key)
+    return Draw(params, key, alternatives)
 
 
 def noise_key(seed: int, request: int, output: int, position: int) -> int:
@@ -62,7 +67,7 @@ def sample(logits: Tensor, draws: Seq[Draw]) -> Drawn:
         rows = upload(torch.tensor(noisy), logits.device)
         tokens = tokens.index_copy(0, rows, _race(logits[rows], [draws[i] for i in noisy]))
     chosen = logprobs.gather(1, tokens[:, None])[:, 0]
-    most = min(max((draw.params.logprobs for draw in draws), default=0), logits.shape[1])
+    most = min(max((draw.alternatives for draw in draws), default=0), logits.shape[1])
     top = logprobs.topk(most, dim=-1)
     return Drawn(tokens, chosen, top.indices, top.values)
 

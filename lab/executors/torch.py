@@ -35,6 +35,7 @@ class Flight(NamedTuple):
     sequences: tuple[Sequence, ...]
     drawn: Drawn | None  # on the device
     host: tuple[Tensor, ...]  # the same, or its copy under way to host memory
+    alternatives: tuple[int, ...]  # that each sequence asked for
     arrived: torch.cuda.Event | None
 
 
@@ -80,7 +81,7 @@ class TorchExecutor:
         compilations = self._compiler.count if self._compiler else 0
         self.cache.perform(plan.moves)
         batch = build(plan, tables, self.block, self.device)
-        self._last = Flight((), None, (), None) if batch is None else self._run(batch)
+        self._last = Flight((), None, (), (), None) if batch is None else self._run(batch)
         self._flights.append(self._last)
         self.compiled = self._compiler is not None and self._compiler.count > compilations
 
@@ -94,7 +95,7 @@ class TorchExecutor:
         tokens, logprobs, top_tokens, top_logprobs = (column.tolist() for column in flight.host)
         sampled = {}
         for i, s in enumerate(flight.sequences):
-            top = tuple(zip(top_tokens[i], top_logprobs[i], strict=True))[: s.group.request.sampling.logprobs]
+            top = tuple(zip(top_tokens[i], top_logprobs[i], strict=True))[: flight.alternatives[i]]
             sampled[s] = [Sampled(tokens[i], logprobs[i], top)]
         return sampled
 
@@ -122,10 +123,11 @@ class TorchExecutor:
             self._fill(batch)
         logits = self.model.logits(batch.packed, self.cache.k, self.cache.v)  # [S, V]
         if not batch.sampled:
-            return Flight((), None, (), self._mark())
-        drawn = sample(logits, [draw_of(s) for s in batch.sampled])
+            return Flight((), None, (), (), self._mark())
+        draws = [draw_of(s, len(self.model.eos)) for s in batch.sampled]
+        drawn = sample(logits, draws)
         host = tuple(column.to("cpu", non_blocking=True) for column in drawn)
-        return Flight(batch.sampled, drawn, host, self._mark())
+        return Flight(batch.sampled, drawn, host, tuple(draw.alternatives for draw in draws), self._mark())
 
     def _fill(self, batch: Batch) -> None:
         """Token ids that the step before drew, taken where they lie."""

@@ -131,6 +131,8 @@ class Scheduler:
                 plan.forked.remove(s)
         if self.swaps and self.host.save(self.allocator, group):
             plan.swapped.add(group)
+        else:
+            group.forks.clear()
         for s in group.sequences:
             self.allocator.release(s)
             if s in group.live:
@@ -140,15 +142,18 @@ class Scheduler:
         group.preemptions += 1
 
     def _room_for_several(self, group: Group, plan: Plan, budget: int) -> int | None:
+        if group.forks and not self._reorder(group, plan):
+            return None
         leader = group.live[0]
         share = group.to_share
         if leader.computed < share:
             return self._compute(leader, share - leader.computed, plan, budget)
         if share and not self._fork(group, share, plan):
             return None
+        wait = group.together and budget < sum(s.pending for s in group.live)  # for a step that samples all of them
         total = 0
         for s in group.live:
-            tokens = self._compute(s, s.pending, plan, budget - total)
+            tokens = self._compute(s, s.pending - wait, plan, budget - total)
             if tokens is None:
                 for other in group.live:
                     plan.work.pop(other, None)
@@ -179,6 +184,20 @@ class Scheduler:
                 return False
             child.computed = share
         plan.forked += children
+        return True
+
+    def _reorder(self, group: Group, plan: Plan) -> bool:
+        """Dropped beams take over the tokens of those that go on twice: all of them, or none."""
+        mark = len(self.allocator.moves)
+        for parent, child in group.forks:
+            if not self.allocator.fork(parent, child, parent.computed):
+                for _, undo in group.forks:
+                    undo.computed = 0
+                del self.allocator.moves[mark:]
+                return False
+            child.computed = parent.computed
+        plan.forked += [child for _, child in group.forks]
+        group.forks.clear()
         return True
 
 

@@ -87,7 +87,11 @@ class Static(Scheduler):
 
 
 def _behind(s: Sequence) -> bool:
-    """Not all of its prompt (or of what a preemption lost) is computed: it cannot decode yet."""
+    """Not all of its prompt (or of what a preemption lost) is computed: it cannot decode yet.
+
+    A dropped beam is where the one is that it takes over.
+    """
+    s = {child: parent for parent, child in s.group.forks}.get(s, s)
     return s.computed == 0 or s.pending > 1
 
 

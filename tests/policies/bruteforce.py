@@ -34,7 +34,8 @@ def perform(moves: Iterable[Move], device: Cells, host: Cells, block: int) -> No
 def check_reference_counts(allocator: Paged, holders: dict[int, list[Sequence]]) -> None:
     counts = Counter({b: len(sharers) for b, sharers in holders.items()})
     assert allocator.holders == [counts[b] for b in range(allocator.num_blocks)]
-    assert sorted(allocator.free) == [b for b in range(allocator.num_blocks) if not counts[b]]
+    unheld = [*allocator.free, *allocator.prefixes.unheld]
+    assert sorted(unheld) == [b for b in range(allocator.num_blocks) if not counts[b]]
 
 
 def check_extents(allocator: Contiguous, held: set[int]) -> None:

@@ -24,9 +24,11 @@ TOO_LONG = 1000  # id of a request that no allocator can serve
 
 def random_requests(seed: int, count: int) -> list[Request]:
     random = Random(seed)
-    requests = []
+    requests: list[Request] = []
     for id in range(count):
         prompt = tuple(random.randrange(97) for _ in range(random.choice((1, 6, 20, 40))))
+        if requests and id % 4 == 0:  # begins like the one before it
+            prompt = (*requests[-1].prompt, *prompt)[: max(len(requests[-1].prompt), len(prompt))]
         output = random.randint(1, 24)
         sampling = SamplingParams(max_tokens=output + random.choice((0, 3)), n=random.randint(1, 3), seed=seed)
         requests.append(Request(id, id / 3, prompt, output, sampling))
@@ -46,6 +48,13 @@ def with_stops(requests: list[Request]) -> list[Request]:
     ]
 
 
+def with_beams(requests: list[Request]) -> list[Request]:
+    """Of those with several outputs every second searches instead, with one beam more than it gives outputs."""
+    several = [r for r in requests if r.sampling.n > 1][::2]
+    beams = {r.id: replace(r.sampling, beams=r.sampling.n, n=r.sampling.n - r.id % 2) for r in several}
+    return [replace(r, sampling=beams.get(r.id, r.sampling)) for r in requests]
+
+
 def requests_for(allocator: str, kind: str, seed: int = 0, count: int = 40) -> list[Request]:
     """Stop tokens too, unless the allocator is an oracle; and in the middle one request that must be refused.
 
@@ -58,6 +67,7 @@ def requests_for(allocator: str, kind: str, seed: int = 0, count: int = 40) -> l
         requests = with_stops(requests)
     except InputError:
         pass
+    requests = with_beams(requests)
     middle = len(requests) // 2
     too_long = Request(TOO_LONG, requests[middle].arrival_s, range(LIMITS.length), 1)
     return [*requests[:middle], too_long, *requests[middle:]]
@@ -113,7 +123,10 @@ class Watch:
     ) -> None:
         self.count["steps"] += 1
         self.count["preempted"] += len(plan.preempted)
-        self.count["forked"] += len(plan.forked)
+        searching = [s for s in plan.forked if s.group.together and len(s.tokens) > len(s.group.request.prompt) + 1]
+        self.count["reordered"] += len(searching)
+        self.count["forked"] += len(plan.forked) - len(searching)
+        self.count["hit"] += sum(hit > 0 for g, hit in plan.admitted.items() if g not in plan.swapped)
         self.count["blocked"] += plan.blocked is not None
         self.count["padded"] += bool(plan.padding)
         self.count["chunked"] += any(s.pending > 1 and s not in sampled for s in plan.work)
@@ -166,7 +179,8 @@ def serve(
     watch.engine = engine
     empty = memory.idle()
     engine.run(requests)
-    assert memory.idle() == empty, "memory leaked, or did not merge"
+    idle = memory.idle()
+    assert (idle.free + idle.cached, idle.largest) == (empty.free, empty.largest), "memory leaked, or did not merge"
     assert not memory.tables
     assert not memory.asked
     assert not memory.moves

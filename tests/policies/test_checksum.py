@@ -7,13 +7,16 @@ table, a lost copy or a wrong swap anywhere changes the text. New policies are t
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
+from search import expected
 from serving import BLOCK, LIMITS, MINE, TOO_LONG, Watch, requests_for, serve, smallest_pool
 
 from lab.allocators import ALLOCATORS, Allocator
-from lab.core import Request, SamplingParams
-from lab.executors.checksum import text
+from lab.core import Group, Request, SamplingParams
+from lab.engine import Engine
+from lab.executors.checksum import ChecksumExecutor, text
 from lab.schedulers import PREEMPTION, SCHEDULERS
 
 ALL = [*ALLOCATORS.names(), MINE]
@@ -35,6 +38,7 @@ class Policy:
             type(memory).fork is not Allocator.fork
         )  # then outputs beyond the first ask for memory as they run
         self.contiguous = not self.shares
+        self.finds = getattr(memory, "publishes", False)
         self.preempts = self.grows or self.shares
 
 
@@ -49,8 +53,8 @@ def run(
     groups, executor = serve(requests, allocator, scheduler, preemption, pool, block, watch)
     for request in requests:
         if request.id in groups:
-            outputs = sorted(groups[request.id].ended, key=lambda s: s.index)
-            assert [s.tokens[len(request.prompt) :] for s in outputs] == text(request, length=LIMITS.length)
+            outputs = [tokens[len(request.prompt) :] for tokens in groups[request.id].outputs()]
+            assert outputs == expected(request, LIMITS.length)
         else:
             assert request.id in watch.cancellations or request.id == TOO_LONG
     assert list(watch.refusals) == [TOO_LONG]
@@ -60,7 +64,17 @@ def run(
 
 def missing(policy: Policy, scheduler: str, preemption: str, seen: Counter[str]) -> list[str]:
     """What a tight run must show and did not."""
-    needed = {"forked": 1, "copy": 1, "chunked": 1, "length": 1, "cancel running": 1, "cancel waiting": 1}
+    needed = {
+        "forked": 1,
+        "reordered": 5,
+        "copy": 1,
+        "chunked": 1,
+        "length": 1,
+        "cancel running": 1,
+        "cancel waiting": 1,
+    }
+    if policy.finds:
+        needed |= {"hit": 5}
     if policy.preempts:
         needed |= {"preempted": 5}
     else:
@@ -126,6 +140,38 @@ def test_single_outputs_of_reserved_memory_are_never_preempted(allocator: str, s
     if not policy.grows:
         assert not watch.count["preempted"]
         assert not executor.moved
+
+
+@pytest.mark.parametrize("prefix", [3, 4, 9, 20])
+@schedulers
+@allocators
+def test_a_reserved_prefix_changes_no_text(allocator: str, scheduler: str, prefix: int) -> None:
+    """Full blocks of it are computed once and shared by all who begin with it; contiguous memory keeps nothing."""
+    shared = tuple(range(50, 50 + prefix))
+    requests = [
+        replace(r, prompt=(*shared, *r.prompt[:20]) if r.id % 3 else r.prompt[:20])
+        for r in requests_for(allocator, "random", count=16)
+        if r.id != TOO_LONG
+    ]
+    memory = ALLOCATORS.get(allocator)(smallest_pool(allocator, 4, requests) + 2 * prefix, 4, LIMITS)
+    policy = SCHEDULERS.get(scheduler)(memory, LIMITS, batch=4, timeout_s=3.0)
+    executor = ChecksumExecutor(memory.num_blocks, 4)
+    groups: dict[int, Group] = {}
+    watch = Watch(cancels=False, accounts=True)
+    engine = Engine(policy, executor, watch, on_end=lambda group: groups.update({group.request.id: group}))
+    kept = engine.reserve(shared)
+    assert kept == (prefix // 4 * 4 if Policy(allocator).shares else 0)
+    assert memory.idle().cached == kept
+    assert not memory.tables
+    engine.run(requests)
+    assert not watch.refusals
+    for request in requests:
+        outputs = [tokens[len(request.prompt) :] for tokens in groups[request.id].outputs()]
+        assert outputs == expected(request, LIMITS.length)
+    assert watch.count["hit"] >= 10 * (kept > 0)
+    if not Policy(allocator).finds:
+        assert memory.idle().cached == kept, "nothing but the reserved prefix stays"
+        assert watch.count["hit"] == 0 or kept
 
 
 def test_the_checksum_notices_one_wrong_cell() -> None:

@@ -126,7 +126,7 @@ def test_submit_and_cancel_from_other_threads() -> None:
         (Request(1, 0.0, range(64)), "64 prompt and 1 output tokens exceed the limit of 64"),
         (request(1, 30, 12), "1 x 42 tokens do not fit"),
         (request(1, 20, 11, n=2), "2 x 31 tokens do not fit"),
-        (request(1, 2, 2, n=5), "n=5 exceeds 4 sequences a step"),
+        (request(1, 2, 2, n=5), "5 sequences exceed the 4 of a step"),
     ],
 )
 def test_what_can_never_run_is_refused_with_the_numbers(bad: Request, words: str) -> None:
