@@ -8,9 +8,11 @@ a virtual clock at that pace. Memory shares must agree within a point; throughpu
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from experiments import fragmentation
 from lab import latency, metrics, plot
 from lab.core import InputError
 from lab.executors.simulated import FittedCost
-from lab.harness import Claim, Options
+from lab.harness import Claim, Options, writing
 from lab.record import Record
 from lab.run import Run, carry_out, requests_of
 from lab.shapes import shape
@@ -39,7 +41,7 @@ def runs(options: Options) -> list[Run]:
         raise InputError(f"executor {changes['executor']!r}: this experiment checks the virtual clock against torch")
     found = fragmentation.runs(replace(options, changes=changes))
     for run in found:
-        shape(_shape_name(run))
+        shape(shape_name(run))
         if any(request.output is None for request in requests_of(run)):
             rule = "both clocks need to know how long answers are"
             raise InputError(f"workload {run.workload!r}: {rule}; give output_tokens, or take prompts or sharegpt")
@@ -47,8 +49,10 @@ def runs(options: Options) -> list[Run]:
 
 
 def row(run: Run, record: Record) -> dict[str, Any]:
+    assert record.path is not None
     fit = FittedCost.fit(measured_steps(record))
-    twin = carry_out(_twin(run, fit, record), None).record()
+    pace = write_pace(fit, record.path.parents[1] / "clock", record)
+    twin = carry_out(twin_of(run, record, pace), None).record()
     shares = {"real": _shares(run, record), "virtual": _shares(run, twin)}
     return {
         "allocator": run.allocator,
@@ -84,31 +88,48 @@ def claims(rows: pd.DataFrame) -> list[Claim]:
 def measured_steps(record: Record) -> list[tuple[float, ...]]:
     """Rows (tokens, positions read, sequences, seconds) of the steps that only computed: no Move, nothing compiled.
 
-    Padding counts as it is computed: dead tokens, dead positions, and a row for each that has ended in its batch.
+    Padding counts as it is computed: dead tokens, dead positions, and a row for each that has ended in its batch. What
+    passes between two steps is the host's work and part of the second one, unless nobody was in memory meanwhile.
     """
     steps, samples = record.steps, record.samples
     held = samples.groupby("step")[["computed", "ended"]].sum().reindex(steps["step"], fill_value=0).to_numpy()
     tokens = steps["tokens"] + steps["dead_tokens"]
     rows = steps["seqs"] + held[:, 1] * (steps["dead_tokens"] > 0)
-    seconds = steps["end_s"] - steps["start_s"]
+    seconds = steps["end_s"] - steps["start_s"] + _host_s(record)
     table = np.stack([tokens, held[:, 0] + steps["dead_positions"], rows, seconds], axis=1).astype(float)
     moved = steps[["copied", "swapped_out", "swapped_in"]].sum(axis=1) > 0
     return [tuple(row) for row in table[(~moved & ~steps["compiled"] & (tokens > 0)).to_numpy()]]
 
 
-def _twin(run: Run, fit: FittedCost, record: Record) -> Run:
-    """The same run on a virtual clock; its step times lie in a file, as `--hardware` takes it."""
-    assert record.path is not None
-    path = record.path.parents[1] / "clock" / f"step-times-{record.path.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    measured_on = record.header["hardware"]
-    path.write_text(json.dumps({"hardware": MOVES, "measured_on": measured_on, "fit": asdict(fit)}, indent=1) + "\n")
-    pool = str(record.header["pool"]["tokens"])  # what the size came to on the real device
-    return replace(run, executor="simulated", model=_shape_name(run), hardware=str(path), pool=pool)
+def write_pace(fit: FittedCost, folder: Path, measured: Record) -> Path:
+    """The fit as a file that `--hardware` takes, named after what is in it."""
+    known = {"hardware": MOVES, "measured_on": measured.header["hardware"], "fit": asdict(fit)}
+    text = json.dumps(known, indent=1) + "\n"
+    path = folder / f"step-times-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return path
 
 
-def _shape_name(run: Run) -> str:
+def twin_of(run: Run, measured: Record, pace: Path) -> Run:
+    """The same run on a virtual clock that keeps this pace, with the pool that the real device had."""
+    pool = str(measured.header["pool"]["tokens"])
+    return replace(run, executor="simulated", model=shape_name(run), hardware=str(pace), pool=pool)
+
+
+def shape_name(run: Run) -> str:
     return SHAPES.get(run.model.lower(), run.model.removeprefix("random:"))
+
+
+def _host_s(record: Record) -> np.ndarray:
+    """Seconds between each step and the one before it, 0 where no sequence stayed in memory: [steps]."""
+    steps, tenures = record.steps, record.tenures
+    entered = np.bincount(tenures["from_step"], minlength=len(steps) + 1)
+    left = np.bincount(tenures["to_step"], minlength=len(steps) + 1)
+    staying = np.cumsum(entered)[:-2] - np.cumsum(left)[1:-1]  # across the gap behind each step but the last
+    gap_s = steps["start_s"].to_numpy()[1:] - steps["end_s"].to_numpy()[:-1]
+    return np.r_[0.0, np.where(staying > 0, gap_s, 0.0)]
 
 
 def _shares(run: Run, record: Record) -> dict[str, float]:

@@ -99,7 +99,9 @@ class Experiment(Protocol):
         """What is printed, by title; the first, the paper's value beside ours, is kept as table.csv."""
         ...
 
-    def figure(self, rows: pd.DataFrame, header: Mapping[str, Any]) -> Figure: ...
+    def figure(self, rows: pd.DataFrame, header: Mapping[str, Any]) -> Figure | dict[str, Figure]:
+        """One, or several by name, of which the first is the one to look at."""
+        ...
 
     def claims(self, rows: pd.DataFrame) -> list[Claim]: ...
 
@@ -172,7 +174,9 @@ def report(experiment: Experiment, places: Mapping[Run, Path], out: Path, option
         out.mkdir(parents=True, exist_ok=True)
         rows.to_csv(out / "rows.csv", index=False)
         next(iter(tables.values())).to_csv(out / "table.csv")
-        plot.save(experiment.figure(rows, header), out / "figure")
+        drawn = experiment.figure(rows, header)
+        for stem, figure in (drawn if isinstance(drawn, dict) else {"figure": drawn}).items():
+            plot.save(figure, out / stem)
         (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False, default=_plain) + "\n")
         (out / HEADER).write_text(json.dumps(header, indent=1) + "\n")
     print(f"\n{_setting(header)}")

@@ -49,6 +49,13 @@ class Batch(NamedTuple):
     requests: float
 
 
+class Hits(NamedTuple):
+    """What a prefix cache or a reserved prefix saved: shares of what was admitted, the first time."""
+
+    tokens: float  # of the prompts
+    requests: float  # that found anything
+
+
 def categories(record: Record, window_s: Window = None, last_token: bool = False) -> pd.DataFrame:
     """Tokens of the pool in each of the seven categories: a row per step, sampled at `end_s`; the index is the step.
 
@@ -157,6 +164,26 @@ def batch_size(record: Record, window_s: Window = None) -> Batch:
         pairs = pairs.drop_duplicates()
     requests = np.bincount(pairs["step"], minlength=len(record.steps))[steps.index]
     return Batch(float(steps["running"].mean()), float(requests.mean()) if len(requests) else np.nan)
+
+
+def sharing(record: Record, window_s: Window = None) -> float:
+    """Share of the blocks that sharing saves: 1 - 1 / mean(blocks in all tables / distinct blocks), over iterations.
+
+    So the authors' artifact computes figure 15 (Kwon et al., section 6.3); NaN where nothing was held.
+    """
+    steps = _iterations(record, window_s)
+    samples = record.samples[record.samples["step"].isin(steps.index)]
+    held = samples.groupby("step")[["held", "skip"]].sum()
+    ratio = held["held"] / (held["held"] - held["skip"])
+    return float(1 - 1 / ratio.mean())
+
+
+def prefix_hits(record: Record, window_s: Window = None) -> Hits:
+    steps = during(record.steps, window_s)
+    events = record.events
+    found = events[(events["kind"] == "admitted") & events["step"].isin(steps.index)].set_index("request")["tokens"]
+    prompts = record.requests.drop_duplicates("request").set_index("request")["prompt_tokens"].reindex(found.index)
+    return Hits(float(found.sum() / prompts.sum()) if len(found) else np.nan, float((found > 0).mean()))
 
 
 def device_memory(record: Record) -> dict[str, int]:

@@ -18,6 +18,8 @@ from lab.allocators import ALLOCATORS, Allocator
 from lab.core import Group, InputError, Limits, Request, SamplingParams, Sequence, unknown
 from lab.engine import Engine
 from lab.executors.simulated import FittedCost, SimulatedExecutor
+from lab.executors.survival import FILE as SEARCHES
+from lab.executors.survival import Survival
 from lab.hardware import hardware, pool_tokens
 from lab.pool import PoolSize, pool_size
 from lab.record import FORMAT, Recorder, describe
@@ -32,7 +34,7 @@ from lab.workloads.content import dress
 EXECUTORS = ("simulated", "torch")
 DTYPES = ("float32", "bfloat16", "float16")
 COMMON = ("lab.engine", "lab.pool", "lab.record", "lab.workloads")  # what every run uses, besides its policies
-VIRTUAL = ("lab.executors.simulated",)
+VIRTUAL = ("lab.executors.simulated", "lab.executors.survival")
 REAL = ("lab.real", "kernels.reference", "kernels.gpu")
 
 Progress = Callable[[float], None]  # told the share of a run that is done, in [0, 1]
@@ -81,7 +83,7 @@ class Run:
         named = (ALLOCATORS.homes.get(self.allocator), SCHEDULERS.homes.get(self.scheduler))
         homes = [module for module in named if module]  # import paths have none
         files = sources(policies, [*homes, *COMMON, *(VIRTUAL if self.simulated else REAL)])
-        files |= {Path(__file__), *(path for path in DATA.iterdir() if path.is_file())}
+        files |= {Path(__file__), *(path for path in (*DATA.iterdir(), SEARCHES) if path.is_file())}
         data = [Path(text) for text in (self.workload.split(":", 1)[-1], self.hardware)]
         content = {str(path): digest([path]) for path in data if path.is_file()}
         weights = [] if self.simulated else stamps(Path(self.model).expanduser())
@@ -292,7 +294,10 @@ def executor_of(run: Run, tokens: int) -> Any:
     if not run.simulated:
         return real().TorchExecutor(real().model(run.model, run.device, run.dtype), tokens, run.block)
     machine, step_times = clock(run.hardware)
-    return SimulatedExecutor(shape(run.model), hardware(machine), run.block, step_times=step_times)
+    executor = SimulatedExecutor(shape(run.model), hardware(machine), run.block, step_times=step_times)
+    if run.beams:
+        executor.beams = Survival(run.beams, run.seed)
+    return executor
 
 
 @cache

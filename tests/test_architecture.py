@@ -34,12 +34,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lab.tables": {"lab.core"},
     "lab.allocators": {"lab.core"},
     "lab.schedulers": {"lab.core", "lab.allocators"},
-    "lab.engine": POLICIES | {"lab.executors"},
+    "lab.engine": POLICIES | {"lab.beams", "lab.executors"},
     "lab.workloads": {"lab.core"},
     "lab.systems": {"lab.core"},
     "lab.executors": {"lab.core"},
     "lab.executors.simulated": {"lab.core", "lab.hardware", "lab.shapes"},
     "lab.executors.checksum": {"lab.core"},
+    "lab.executors.survival": {"lab.core", "lab.beams"},
+    "lab.beams": {"lab.core"},
     "lab.executors.sampling": {"lab.core", "kernels"},
     "lab.executors.batch": {"lab.core", "lab.models", "kernels"},
     "lab.executors.cache": {"lab.core", "lab.models", "kernels"},
@@ -51,7 +53,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lab.plot": {"lab.core"},
     "lab.real": {"lab.core", "lab.pool", "lab.models", "lab.executors.cache", "lab.executors.torch"},
     "lab.run": POLICIES
-    | {"lab.engine", "lab.executors.simulated", "lab.hardware", "lab.shapes", "lab.pool", "lab.real", "lab.record"}
+    | {"lab.engine", "lab.executors.simulated", "lab.executors.survival", "lab.hardware", "lab.shapes", "lab.pool"}
+    | {"lab.real", "lab.record"}
     | {"lab.sources", "lab.workloads"},
     "lab.harness": {"lab.core", "lab.plot", "lab.record", "lab.run", "lab.metrics", "lab.latency", "lab.systems"},
     "experiments": POLICIES

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from experiments import clock
-from lab.core import InputError
+from lab.core import InputError, Request
 from lab.engine import Engine
 from lab.executors.simulated import SimulatedExecutor
 from lab.hardware import hardware
@@ -77,6 +77,25 @@ def test_padding_counts_as_it_is_computed(scheduler: str, tmp_path: Path) -> Non
     decodes = [(g, a) for g, a, p in zip(given, asked, padded, strict=True) if p and g[0] == a[2]]
     assert len(decodes) > 100
     assert all(g == a for g, a in decodes)
+
+
+def test_the_host_s_work_between_steps_counts_and_waiting_for_requests_does_not() -> None:
+    step_s, host_s, pause_s = 0.02, 0.003, 5.0
+    run = Run(duration_s=60.0)
+    executor = SimulatedExecutor(shape("opt-13b"), hardware("a100-40gb"), step_times=lambda *sizes: step_s)
+    recorder = Recorder(None, {})
+    engine = Engine(scheduler_of(run, pool_of(run).tokens), executor, recorder)
+    first, second = (Request(i, i * pause_s, range(20), output=30) for i in range(2))
+
+    def go_on() -> bool:
+        executor.now += host_s
+        return True
+
+    engine.run([first, second], go_on=go_on)
+    recorder.close()
+    seconds = [row[3] for row in clock.measured_steps(recorder.record())]
+    assert len(seconds) == 60
+    assert [s for s in seconds if s != pytest.approx(step_s + host_s)] == pytest.approx([step_s, step_s])
 
 
 def test_it_is_about_real_devices() -> None:

@@ -57,7 +57,7 @@ PARAMS = st.builds(
 def test_rows_of_any_settings_as_the_reference_one_by_one(
     settings: list[tuple[SamplingParams, int]], seed: int
 ) -> None:
-    draws = [Draw(*setting) for setting in settings]
+    draws = [Draw(params, key, params.logprobs) for params, key in settings]
     logits = random_logits(len(draws), seed)
     drawn = sample(logits, draws)
     exact = logits.double().numpy()
@@ -99,7 +99,7 @@ def test_tokens_come_as_often_as_they_should(params: SamplingParams) -> None:
     """Chi-square over 20,000 draws from one distribution; below its 99.9 % quantile, of a normal approximation."""
     draws = 20_000
     logits = random_logits(1) / 2
-    got = sample(logits.expand(draws, -1), [Draw(params, noise_key(0, i, 0, 9)) for i in range(draws)]).tokens
+    got = sample(logits.expand(draws, -1), [Draw(params, noise_key(0, i, 0, 9), 0) for i in range(draws)]).tokens
     scaled = logits[0].double() / params.temperature
     order = scaled.argsort(descending=True)
     p = scaled.softmax(0)
@@ -130,7 +130,7 @@ def test_neighbours_in_the_noise_are_independent() -> None:
 def test_company_changes_nothing() -> None:
     logits = random_logits(20)
     kinds = [SamplingParams(temperature=1), SamplingParams(), SamplingParams(temperature=2, top_k=9, logprobs=3)]
-    draws = [Draw(kinds[i % 3], noise_key(0, i, 0, 5)) for i in range(20)]
+    draws = [Draw(kinds[i % 3], noise_key(0, i, 0, 5), kinds[i % 3].logprobs) for i in range(20)]
     together = sample(logits, draws)
     for i in range(20):
         alone = sample(logits[i : i + 1], draws[i : i + 1])
@@ -144,7 +144,7 @@ def test_a_last_bit_changes_hardly_any_token() -> None:
     other = logits + 2e-6 * torch.randn(1, 20_000, generator=torch.Generator().manual_seed(3))
     different = 0
     for start in range(0, 600, 100):
-        draws = [Draw(SamplingParams(temperature=1), noise_key(0, i, 0, 1)) for i in range(start, start + 100)]
+        draws = [Draw(SamplingParams(temperature=1), noise_key(0, i, 0, 1), 0) for i in range(start, start + 100)]
         pairs = (sample(x.expand(100, -1), draws).tokens for x in (logits, other))
         different += int(torch.ne(*pairs).sum())
     assert different == 0

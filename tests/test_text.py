@@ -52,12 +52,10 @@ def serve(
     done: list[Group] = []
     executor = TorchExecutor(model, pool, 8, poison=True)
     Engine(policy, executor, on_end=done.append).run(requests)
-    assert memory.idle().free == memory.capacity
+    assert memory.idle().free + memory.idle().cached == memory.capacity
     assert not memory.tables
     assert not policy.host.used
-    texts = {
-        g.request.id: [s.tokens[len(g.request.prompt) :] for s in sorted(g.ended, key=lambda s: s.index)] for g in done
-    }
+    texts = {g.request.id: [tokens[len(g.request.prompt) :] for tokens in g.outputs()] for g in done}
     return Served(texts, sum(group.preemptions for group in done))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
@@ -21,7 +22,8 @@ from lab.shapes import ModelShape
 
 Array = NDArray[np.float64]
 StepTimes = Callable[[int, int, int], float]  # tokens computed, positions read, sequences -> s
-TIE = 1e-12  # share of the sum of squares below which two fits are equally good
+ENOUGH = 8  # measured steps between two knots of a fitted curve
+TIE = 1e-10  # share of the target below which a column brings nothing
 
 
 class CostModel:
@@ -98,6 +100,7 @@ class SimulatedExecutor:
         self.cost = CostModel(shape, hardware, block, dtype_bytes)
         self.step_times = step_times
         self.launched: deque[dict[Sequence, list[Sampled]]] = deque()
+        self.beams: Callable[[Sequence], Sampled] | None = None  # candidates of a beam, where requests search
         self.sampled = [Sampled(0)]  # the same list for every token: there may be millions
 
     def launch(self, plan: Plan, tables: Mapping[Sequence, Seq[int]]) -> None:
@@ -128,6 +131,8 @@ class SimulatedExecutor:
             self.now += self.step_times(tokens, positions, len(work) + dead_rows)
         for move in plan.moves:
             self.now += self.cost.move(move)
+        if self.beams is not None:
+            results = {s: [self.beams(s)] for s in results}
         self.launched.append(results)
 
     def collect(self) -> dict[Sequence, list[Sampled]]:
@@ -170,91 +175,108 @@ def _causal_pairs(tokens: int, positions: int) -> int:
 class FittedCost:
     """Step times of real hardware as a function, so that the virtual clock runs at their pace.
 
-        seconds = base + tokens * token + max(0, tokens - knee) * beyond + positions * position + sequences * sequence
+        seconds = curve(tokens) + positions * position_s + sequences * sequence_s
 
-    All coefficients are >= 0. The knee is where steps turn from reading weights to computing.
+    The curve never falls. It is straight between its knots, flat before the first, and beyond the last as steep as
+    before it. Steps that only read weights cost the same whatever their size, and matrix products change their kernel
+    with it (on a CPU, 4 rows may take a third more than 3), so that no straight line would do. What prompts pay for
+    attention in excess of their positions lies in the curve, too.
     """
 
-    base_s: float
-    token_s: float
-    beyond_s: float  # per token above the knee, in addition
+    knots: Seq[int]  # tokens, ascending
+    curve_s: Seq[float]  # at each knot
     position_s: float
     sequence_s: float
-    knee: float  # tokens
     steps: int  # measured steps that it was fitted to
     residual_s: float  # root mean square of measured less fitted
     error: float  # sum of |measured - fitted| over sum of measured
 
     def __call__(self, tokens: int, positions: int, sequences: int) -> float:
         """Seconds of a step that computes `tokens` in `sequences` rows, whose contexts have `positions` in all."""
-        return (
-            self.base_s
-            + tokens * self.token_s
-            + max(0.0, tokens - self.knee) * self.beyond_s
-            + positions * self.position_s
-            + sequences * self.sequence_s
-        )
+        return self.curve(tokens) + positions * self.position_s + sequences * self.sequence_s
+
+    def curve(self, tokens: float) -> float:
+        knots, curve_s = self.knots, self.curve_s
+        if tokens <= knots[0] or len(knots) == 1:
+            return curve_s[0]
+        i = min(bisect_left(knots, tokens), len(knots) - 1)
+        slope_s = (curve_s[i] - curve_s[i - 1]) / (knots[i] - knots[i - 1])
+        return curve_s[i - 1] + (tokens - knots[i - 1]) * slope_s
 
     @classmethod
     def fit(cls, steps: Iterable[Seq[float]]) -> FittedCost:
         """Least squares over measured steps without moves: rows of tokens, positions read, sequences, seconds.
 
-        The knee is the best of 96 tried between the smallest and the largest step. Raises InputError for too few rows
-        or for one that is not four finite numbers.
+        No coefficient, and no slope of the curve, is negative. Raises InputError for too few rows or for one that is
+        not four finite numbers.
         """
         rows = [tuple(map(float, step)) for step in steps]
         if len(rows) < 6 or not all(len(row) == 4 and all(map(math.isfinite, row)) for row in rows):
             rule = "give at least 6, each of tokens, positions, sequences, seconds, all finite"
             raise InputError(f"{len(rows)} measured steps: {rule}")
         tokens, positions, sequences, seconds = np.array(rows).T
-        tie = TIE * float(seconds @ seconds)
-        best_squares, best_knee, best = math.inf, 0.0, np.zeros(5)
-        for knee in np.geomspace(max(tokens.min(), 1), max(tokens.max(), 1), 97)[1:]:
-            squares, coefficients = _non_negative(_columns(tokens, positions, sequences, knee), seconds)
-            if squares < best_squares - tie:
-                best_squares, best_knee, best = squares, float(knee), coefficients
-        errors = seconds - _columns(tokens, positions, sequences, best_knee) @ best
-        base, token, over, position, sequence = best.tolist()
+        knots = _knots(tokens)
+        rises = [np.clip((tokens - low) / (high - low), 0, 1) for low, high in itertools.pairwise(knots)]
+        columns = np.stack([np.ones_like(tokens), *rises, positions, sequences], axis=1)  # [steps, knots + 2]
+        coefficients = _non_negative(columns, seconds)
+        errors = seconds - columns @ coefficients
         return cls(
-            base_s=base,
-            token_s=token,
-            beyond_s=over,
-            position_s=position,
-            sequence_s=sequence,
-            knee=best_knee,
+            knots=knots,
+            curve_s=np.cumsum(coefficients[:-2]).tolist(),
+            position_s=float(coefficients[-2]),
+            sequence_s=float(coefficients[-1]),
             steps=len(rows),
             residual_s=float(np.sqrt(np.mean(errors**2))),
             error=float(np.abs(errors).sum() / seconds.sum()),
         )
 
 
-def _columns(tokens: Array, positions: Array, sequences: Array, knee: float) -> Array:
-    """What FittedCost's coefficients multiply, in their order: [steps, 5]."""
-    return np.stack([np.ones_like(tokens), tokens, np.maximum(0, tokens - knee), positions, sequences], axis=1)
+def _knots(tokens: Array) -> list[int]:
+    """The smallest and the largest size, and of 2, 3, 4, 6, 8, 12, 16 ... those with `ENOUGH` steps up to each."""
+    lowest, highest = int(tokens.min()), int(tokens.max())
+    grid = sorted(size << i for size in (2, 3) for i in range(highest.bit_length()))
+    knots = [lowest]
+    for knot in grid:
+        if lowest < knot < highest and ((tokens > knots[-1]) & (tokens <= knot)).sum() >= ENOUGH:
+            knots.append(knot)
+    if len(knots) > 1 and (tokens > knots[-1]).sum() < ENOUGH:
+        knots.pop()  # the last slope goes on for ever: a few steps shall not make it
+    return [*knots, highest] if highest > lowest else knots
 
 
-def _non_negative(columns: Array, target: Array) -> tuple[float, Array]:
-    """Least squares with coefficients >= 0: sum of squared errors, coefficients [columns].
+def _non_negative(columns: Array, target: Array) -> Array:
+    """Least squares with coefficients >= 0: [columns].
 
-    With five columns every subset can be tried: the best whose ordinary solution is not negative is the answer. The
-    columns are reduced to a triangle first, which keeps all inner products; smaller subsets come first and win ties.
+    By active sets (Lawson and Hanson, Solving Least Squares Problems, 1974, chapter 23): the column that would lower
+    the error most comes in; where the ordinary solution of those that are in is negative somewhere, go towards it until
+    the first coefficient is zero, and that one goes out. Columns are reduced to a triangle first, which keeps all
+    inner products.
     """
-    size = columns.shape[1]
     scale = np.linalg.norm(columns, axis=0)
     scale[scale == 0] = 1.0
     triangle = np.asarray(np.linalg.qr(np.column_stack([columns / scale, target]), mode="r"))
-    a = triangle[:, :size]
-    b = triangle[:, size]
-    best = float(b @ b)
-    tie = TIE * best
-    answer = np.zeros(size)
-    for subset in itertools.chain.from_iterable(itertools.combinations(range(size), k) for k in range(1, size + 1)):
-        chosen = list(subset)
-        solution = np.linalg.lstsq(a[:, chosen], b, rcond=None)[0]
-        error = b - a[:, chosen] @ solution
-        squares = float(error @ error)
-        if solution.min() >= 0 and squares < best - tie:
-            best = squares
-            answer = np.zeros(size)
-            answer[chosen] = solution
-    return best, answer / scale
+    a, b = triangle[:, :-1], triangle[:, -1]
+    answer = np.zeros(a.shape[1])
+    chosen, useless = np.zeros((2, a.shape[1]), bool)
+    least = TIE * np.linalg.norm(b)  # gradients below are rounding errors
+    while True:
+        gradient = np.where(chosen | useless, -np.inf, a.T @ (b - a @ answer))
+        newest = int(gradient.argmax())
+        if gradient[newest] <= least:
+            return answer / scale
+        chosen[newest] = True
+        while True:
+            solution = np.zeros_like(answer)
+            solution[chosen] = np.linalg.lstsq(a[:, chosen], b, rcond=None)[0]
+            falling = np.flatnonzero(chosen & (solution <= 0))
+            if not len(falling):
+                break
+            share = answer[falling] / np.maximum(answer[falling] - solution[falling], np.finfo(float).tiny)
+            answer += share.min() * (solution - answer)
+            chosen[falling[share == share.min()]] = False
+            answer[~chosen] = 0.0
+        answer = solution
+        if chosen[newest]:
+            useless[:] = False
+        else:  # it brought nothing, and would not before another does
+            useless[newest] = True

@@ -1,0 +1,136 @@
+"""What do parallel sampling and beam search save when outputs share memory?
+
+Kwon et al., SOSP'23, section 6.3: figure 15 prints the share of blocks saved for OPT-13B on Alpaca, 6.1 to 9.8 % with 2
+to 6 parallel outputs, 37.6 to 55.2 % with 2 to 6 beams; the text gives 16.2 to 30.5 % and 44.3 to 66.3 % for ShareGPT.
+Figure 14: over Orca (Oracle), which copies, throughput grows from 1.3x (one output) to 2.3x (6 beams). Set-up: Alpaca
+at 20 requests/s, 900 s, means over the iterations between 300 and 900 s (the authors' artifact), ShareGPT at 4. On the
+virtual clock beams come and go as in searches of SmolLM2 that were measured (`lab/executors/survival.py`); with
+`--device cpu` or `cuda` the search is the model's own. Orca pays for every output's own copy of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments import fragmentation
+from lab import latency, metrics, plot
+from lab.core import InputError
+from lab.harness import Claim, Options
+from lab.record import Record
+from lab.run import Run
+from lab.systems import label
+
+WIDTHS = (2, 4, 6)
+RATES = {"alpaca": 20.0, "sharegpt": 4.0}
+SYSTEMS = ("vllm", "orca-oracle")
+PAPER = {  # figure 15, per cent of the blocks; for ShareGPT the text has the ends of a range
+    ("alpaca", "parallel"): {2: 6.09, 4: 8.53, 6: 9.79},
+    ("alpaca", "beams"): {2: 37.56, 4: 53.13, 6: 55.16},
+    ("sharegpt", "parallel"): {2: 16.2, 6: 30.5},
+    ("sharegpt", "beams"): {2: 44.3, 6: 66.3},
+}
+POINTS = 2.0  # tolerance for parallel outputs, which follow from lengths alone
+LAPTOP = replace(fragmentation.LAPTOP, workload="uniform:prompt=20-100,output=40", pool="3000", count=16)
+
+
+def runs(options: Options) -> list[Run]:
+    for name in ("n", "beams"):
+        if name in options.changes:
+            raise InputError(f"{name} {options.changes[name]}: this experiment varies it itself; leave --{name} out")
+    device = options.changes.get("device")
+    base = Run() if device is None else LAPTOP if device == "cpu" else fragmentation.GPU
+    widths = WIDTHS[:2] if options.quick or device == "cpu" else WIDTHS
+    workloads: dict[str, float | None] = {base.workload: base.rate} if device else dict(RATES)
+    if "workload" in options.changes:
+        workloads = {options.changes["workload"]: RATES.get(options.changes["workload"], base.rate)}
+    points = [
+        replace(base, workload=workload, rate=rate, n=width, beams=width if beams else 0)
+        for workload, rate in workloads.items()
+        for beams in (False, True)
+        for width in widths
+    ]
+    if options.quick and not device:
+        points = [replace(p, duration_s=30.0, rate=(p.rate or 4.0) / 2) for p in points if p.workload == "alpaca"]
+    seeds = options.seeds or ([0] if options.quick or device else [0, 1, 2])
+    found = [r for p in points for seed in seeds for r in options.variants(replace(p, seed=seed), SYSTEMS)]
+    return [r for r in found if r.allocator.startswith("paged")] if device == "cpu" and not options.systems else found
+
+
+def row(run: Run, record: Record) -> dict[str, Any]:
+    window_s = fragmentation.window(run, record)
+    pressure = metrics.pressure(record, window_s)
+    batch = metrics.batch_size(record, window_s)
+    return {
+        "system": label(run),
+        "workload": run.workload,
+        "mode": "beams" if run.beams else "parallel",
+        "width": run.n,
+        "seed": run.seed,
+        "simulated": run.simulated,
+        "saved": 100 * metrics.sharing(record, window_s),
+        "requests": batch.requests,
+        "sequences": batch.sequences,
+        "requests_per_s": latency.throughput(record, window_s).requests_per_s,
+        "copied_per_request": pressure.copied / max(1, len(record.requests)),
+        "preemptions": pressure.preemptions,
+    }
+
+
+def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    keys = ["workload", "mode", "width"]
+    own = rows[rows["system"] == rows["system"].iloc[0]]
+    saved = own.groupby(keys, sort=False)["saved"].agg(["mean", "std"])
+    paper = [PAPER.get((workload, mode), {}).get(width) for workload, mode, width in saved.index]
+    first = pd.DataFrame({"paper": paper, "ours": saved["mean"], "std": saved["std"]}, index=saved.index).round(1)
+    mean = rows.groupby([*keys, "system"], sort=False)[["requests", "requests_per_s", "copied_per_request"]].mean()
+    wide = mean.unstack("system").round(2)
+    if len(set(rows["system"])) > 1:
+        rates = mean["requests_per_s"].unstack("system")
+        for other in rates.columns[1:]:
+            wide["ratio", f"{rates.columns[0]} / {other}"] = (rates.iloc[:, 0] / rates[other]).round(2)
+    return {
+        f"per cent of the blocks that sharing saves, {own['system'].iloc[0]} (figure 15)": first,
+        "running requests, requests ended per second, tokens copied per request": wide,
+    }
+
+
+def figure(rows: pd.DataFrame, header: Mapping[str, Any]) -> Figure:
+    own = rows[rows["system"] == rows["system"].iloc[0]].copy()
+    own["what"] = own["workload"] + "\n" + own["mode"]
+    own["outputs"] = own["width"].astype(str) + " outputs"
+    paper = {
+        (f"{workload}\n{mode}", f"{width} outputs"): value
+        for (workload, mode), values in PAPER.items()
+        for width, value in values.items()
+    }
+    title = "What sharing between outputs of one prompt saves"
+    ylabel = "blocks saved (%)"
+    return plot.bars(own, header, title, groups="what", by="outputs", y="saved", ylabel=ylabel, paper=paper)
+
+
+def claims(rows: pd.DataFrame) -> list[Claim]:
+    own = rows[rows["system"] == rows["system"].iloc[0]]
+    saved = own.groupby(["workload", "mode", "width"])["saved"].mean()
+    simulated = bool(rows["simulated"].all())
+    found = []
+    for workload, mode in dict.fromkeys(zip(own["workload"], own["mode"], strict=True)):
+        mine = saved[workload, mode]
+        grows = bool(mine.sort_index().diff().iloc[1:].gt(0).all())
+        seen = ", ".join(f"{value:.1f}" for value in mine) + " %"
+        found.append(Claim(f"{workload}, {mode}: the wider, the more is saved", grows, seen))
+        paper = PAPER.get((workload, mode), {})
+        off = {width: mine[width] - value for width, value in paper.items() if width in mine.index}
+        if off:
+            worst = max(off, key=lambda width: abs(off[width]))
+            near = abs(off[worst]) <= POINTS if mode == "parallel" and simulated else None
+            text = f"{workload}, {mode}: within {POINTS:g} points of the paper's (figure 15 and section 6.3)"
+            found.append(Claim(text, near, f"{worst} outputs: {off[worst]:+.1f} points"))
+    both = saved.unstack("mode")
+    more = bool((both["beams"] > both["parallel"]).all())
+    found.append(Claim("beams share more than parallel outputs", more, f"{len(both)} settings"))
+    return found
