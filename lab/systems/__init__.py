@@ -2,7 +2,8 @@
 
 A file of this folder is a system, or a family of them. Its text is a page on what it models of that system, from which
 source, and what it leaves out; a file dropped here registers itself. What sets systems apart beyond these settings
-(kernels, host code, languages) is left out on purpose: here all of them run on the same engine.
+(kernels, host code, languages) is left out on purpose: here all of them run on the same engine. What one reads on the
+web about them, and what is true of it, is in papers/systems.md.
 """
 
 from __future__ import annotations
@@ -16,17 +17,28 @@ from typing import Any, NamedTuple
 from lab.core import InputError, unknown
 
 
+class Reached(NamedTuple):
+    """What the system itself reached, which is another thing than what its policies reach on our engine."""
+
+    result: str
+    setting: str  # model, workload, machine, version, and who measured it
+    difference: str  # what separates it from a run under the system's name here
+
+    def __str__(self) -> str:
+        return f"{self.result} ({self.setting}); the difference: {self.difference}"
+
+
 class System(NamedTuple):
     name: str
     settings: Mapping[str, Any]  # fields of lab.run.Run
     page: str  # what it models, from where, and what it leaves out
-    reached: str = ""  # what the system itself reached, measured, and what the difference is made of
+    reached: tuple[Reached, ...] = ()
 
 
 SYSTEMS: dict[str, System] = {}
 
 
-def register(name: str, reached: str = "", **settings: Any) -> None:
+def register(name: str, *reached: Reached, **settings: Any) -> None:
     """Called by a file of this folder, whose text is the page; `settings` are fields of a Run."""
     page = sys._getframe(1).f_globals["__doc__"] or ""
     SYSTEMS[name] = System(name, settings, page.strip(), reached)
