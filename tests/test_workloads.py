@@ -9,7 +9,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,11 @@ def encode(text: str) -> list[int]:
     return list(text.encode())
 
 
-def lengths(requests: list[Request]) -> list[tuple[int, int | None]]:
+def lengths(requests: Iterable[Request]) -> list[tuple[int, int | None]]:
     return [(len(r.prompt), r.output) for r in requests]
 
 
-def times(requests: list[Request]) -> list[float]:
+def times(requests: Iterable[Request]) -> list[float]:
     return [r.arrival_s for r in requests]
 
 
@@ -55,6 +55,7 @@ GOLDEN = {
     ("lognormal:prompt=161+-299,output=338+-284", "gamma"): ("06e0bfa05dfc5e6c", "651dd6dbb6a844f2"),
     ("adversarial:n=3", "poisson"): ("b47a90db546e0828", "a61c6b4daa667c2f"),
     ("prompts", "gamma"): ("706d0f3cfb97aa91", "75abcdbc05e52fc7"),
+    ("conversations:users=4", "poisson"): ("be9430fcc4ae7b49", "945f6a79ff22115a"),
 }
 
 
@@ -91,7 +92,7 @@ def test_lengths_do_not_depend_on_arrivals_and_a_shorter_run_is_the_beginning_of
     short = workload("sharegpt", rate_per_s=5, duration_s=20)
     bursts = workload("sharegpt", rate_per_s=9, count=300, arrivals="gamma", burstiness=0.2)
     assert 50 < len(short) < 300
-    assert short == long[: len(short)]
+    assert list(short) == list(long)[: len(short)]
     assert lengths(long) == lengths(bursts)
     assert times(long) != times(bursts)
 
@@ -244,15 +245,15 @@ def test_rows_that_reach_the_limit_are_left_out_with_their_times(tmp_path: Path)
 
 def test_compressed_csv_and_parquet_read_alike(tmp_path: Path) -> None:
     text = HEADER + "0.5,3,4\n1.25,5,6\n"
-    plain = workload(write(tmp_path, text), arrivals="trace")
+    plain = list(workload(write(tmp_path, text), arrivals="trace"))
     packed = tmp_path / "trace.csv.gz"
     packed.write_bytes(gzip.compress(text.encode()))
-    assert workload(str(packed), arrivals="trace") == plain
+    assert list(workload(str(packed), arrivals="trace")) == plain
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
     columns = {"arrival_s": [0.5, 1.25], "prompt_tokens": [3, 5], "output_tokens": [4, 6]}
     parquet.write_table(pyarrow.table(columns), tmp_path / "trace.parquet")
-    assert workload(str(tmp_path / "trace.parquet"), arrivals="trace") == plain
+    assert list(workload(str(tmp_path / "trace.parquet"), arrivals="trace")) == plain
     parquet.write_table(pyarrow.table({**columns, "output_tokens": [4, None]}), tmp_path / "bad.parquet")
     refused(str(tmp_path / "bad.parquet"), "bad.parquet row 2", "output_tokens", "''", "at least 1", arrivals="trace")
     (tmp_path / "no.parquet").write_bytes(b"PAR1 but nothing more")
@@ -317,7 +318,8 @@ def test_prompts_are_tokenised_by_the_caller_and_shuffled_by_the_seed() -> None:
     assert sorted(found) == sorted(texts)
     assert found != texts
     assert {(r.output, r.sampling.max_tokens) for r in requests} == {(None, 32)}
-    assert requests[:24] != workload("prompts:max_tokens=32", arrivals="all", encode=encode, limit=10**6, seed=1)[:24]
+    other = workload("prompts:max_tokens=32", arrivals="all", encode=encode, limit=10**6, seed=1)
+    assert list(requests)[:24] != list(other)[:24]
 
 
 def test_prompt_file_keeps_its_order_and_its_lengths(tmp_path: Path) -> None:

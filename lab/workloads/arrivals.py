@@ -49,14 +49,13 @@ def gamma(rate_per_s: float, burstiness: float, duration_s: float | None, seed: 
             yield round(now, 6)
 
 
-def scaled(times_s: list[float], rate_per_s: float | None, spec: str) -> list[float]:
-    """The times of a trace, multiplied by one factor so that the mean gap is 1 / rate; None leaves them alone."""
+def scale(span_s: tuple[float, float], count: int, rate_per_s: float | None, spec: str) -> float:
+    """What to multiply the times of a trace with, so that the mean gap of `count` arrivals is 1 / rate; None: 1."""
     if rate_per_s is None:
-        return times_s
-    span_s = times_s[-1] - times_s[0]
-    if not span_s:
+        return 1.0
+    first_s, last_s = span_s
+    if first_s == last_s:
         raise InputError(
-            f"workload {spec!r}: all arrivals are at {times_s[0]} s and cannot be scaled to a rate: leave the rate out"
+            f"workload {spec!r}: all arrivals are at {first_s} s and cannot be scaled to a rate: leave the rate out"
         )
-    factor = (len(times_s) - 1) / (span_s * rate_per_s)
-    return [time_s * factor for time_s in times_s]
+    return (count - 1) / ((last_s - first_s) * rate_per_s)

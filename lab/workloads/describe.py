@@ -1,68 +1,121 @@
-"""What a header says about the requests of a run: how many, how long, how often, and a digest that tells two apart."""
+"""What a header says about the requests of a run: how many, how long, how often, and a digest that tells two apart.
+
+One pass is enough for all of it, and no request is kept: lengths are counted, and their percentiles are exact.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from collections.abc import Sequence as Seq
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
-import numpy as np
-
 from lab.core import Request
+from lab.workloads.pieces import Pieces
 
 
-class Requests(list[Request]):
-    """Requests in order of arrival; `dropped` rows of their file are not among them because they reach the limit."""
+class Requests:
+    """Requests in order of arrival, made anew each time they are gone through, and the same each time.
 
-    def __init__(self, requests: Iterable[Request] = (), dropped: int = 0) -> None:
-        super().__init__(requests)
+    There may be millions: only those that somebody holds on to are in memory. `dropped` rows of their file are not
+    among them because they reach the limit. InputError may come in the midst of a pass; `check` makes one before work.
+    """
+
+    def __init__(self, read: Callable[[], Iterator[Request]], count: int, dropped: int = 0) -> None:
+        """`read` begins anew each time and gives `count` requests."""
+        self.read = read
+        self.count = count
         self.dropped = dropped
 
+    def __iter__(self) -> Iterator[Request]:
+        return self.read()
 
-def describe(requests: Seq[Request]) -> dict[str, Any]:
+    def __len__(self) -> int:
+        return self.count
+
+    def map(self, change: Callable[[Request], Request]) -> Requests:
+        """Each of them changed, when it is its turn."""
+        return Requests(lambda: map(change, self.read()), self.count, self.dropped)
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        return _described(self, self.dropped)
+
+
+def describe(requests: Iterable[Request]) -> dict[str, Any]:
     """Plain numbers for a header or a table: tokens, seconds, requests per second; at least one request.
 
     `output_tokens` are the forced ones, or where nothing is forced the most a request may generate. `rate_per_s` is
     over the time from the first arrival to the last, None where all come at once.
     """
-    assert requests, "nothing to describe"
-    span_s = requests[-1].arrival_s - requests[0].arrival_s
-    return {
-        "requests": len(requests),
-        "outputs": sum(r.sampling.n for r in requests),
-        "dropped": requests.dropped if isinstance(requests, Requests) else 0,
-        "forced": all(r.output is not None for r in requests),
-        "first_arrival_s": requests[0].arrival_s,
-        "last_arrival_s": requests[-1].arrival_s,
-        "rate_per_s": (len(requests) - 1) / span_s if span_s else None,
-        "prompt_tokens": _spread([len(r.prompt) for r in requests]),
-        "output_tokens": _spread([r.output or r.sampling.max_tokens for r in requests]),
-        "digest": digest(requests),
-    }
+    return dict(requests.description) if isinstance(requests, Requests) else _described(requests)
 
 
 def digest(requests: Iterable[Request]) -> str:
     """16 hexadecimal digits that depend on every request: times, token ids (or lengths), forced output and sampling."""
     sha = hashlib.sha256()
     for r in requests:
-        prompt = repr(r.prompt) if isinstance(r.prompt, range) else ",".join(map(str, r.prompt))
-        s = r.sampling
-        sampling: tuple[object, ...] = (s.max_tokens, s.n, s.temperature, s.top_k, s.top_p, s.seed, s.stop, s.logprobs)
-        if s.beams:
-            sampling = (*sampling, s.beams)
-        sha.update(f"{r.id} {float(r.arrival_s)!r} {prompt} {r.output} {sampling}\n".encode())
+        sha.update(_line(r))
     return sha.hexdigest()[:16]
 
 
-def _spread(tokens: list[int]) -> dict[str, float]:
-    p50, p90, p99 = (float(p) for p in np.percentile(tokens, (50, 90, 99)))
+def _line(r: Request) -> bytes:
+    prompt = repr(r.prompt) if isinstance(r.prompt, range | Pieces) else ",".join(map(str, r.prompt))
+    s = r.sampling
+    sampling: tuple[object, ...] = (s.max_tokens, s.n, s.temperature, s.top_k, s.top_p, s.seed, s.stop, s.logprobs)
+    if s.beams:
+        sampling = (*sampling, s.beams)
+    return f"{r.id} {float(r.arrival_s)!r} {prompt} {r.output} {sampling}\n".encode()
+
+
+def _described(requests: Iterable[Request], dropped: int = 0) -> dict[str, Any]:
+    sha = hashlib.sha256()
+    prompts: Counter[int] = Counter()
+    outputs: Counter[int] = Counter()
+    count, several, forced = 0, 0, True
+    first_s = last_s = 0.0
+    for r in requests:
+        sha.update(_line(r))
+        prompts[len(r.prompt)] += 1
+        outputs[r.output or r.sampling.max_tokens] += 1
+        first_s, last_s = r.arrival_s if not count else first_s, r.arrival_s
+        count, several, forced = count + 1, several + r.sampling.n, forced and r.output is not None
+    assert count, "nothing to describe"
     return {
-        "sum": sum(tokens),
-        "mean": sum(tokens) / len(tokens),
-        "min": min(tokens),
-        "p50": p50,
-        "p90": p90,
-        "p99": p99,
-        "max": max(tokens),
+        "requests": count,
+        "outputs": several,
+        "dropped": dropped,
+        "forced": forced,
+        "first_arrival_s": first_s,
+        "last_arrival_s": last_s,
+        "rate_per_s": (count - 1) / (last_s - first_s) if last_s > first_s else None,
+        "prompt_tokens": _spread(prompts),
+        "output_tokens": _spread(outputs),
+        "digest": sha.hexdigest()[:16],
+    }
+
+
+def _spread(tokens: Counter[int]) -> dict[str, float]:
+    """Of lengths and how often each occurs."""
+    lengths = sorted(tokens)
+    up_to = list(accumulate(tokens[length] for length in lengths))
+    total = sum(length * tokens[length] for length in lengths)
+
+    def percentile(share: float) -> float:
+        """Interpolated linearly, as numpy does it."""
+        whole, part = divmod(share * (up_to[-1] - 1), 1)
+        below, above = (lengths[bisect_right(up_to, min(whole + i, up_to[-1] - 1))] for i in (0, 1))
+        return below + (above - below) * part if part < 0.5 else above - (above - below) * (1 - part)
+
+    return {
+        "sum": total,
+        "mean": total / up_to[-1],
+        "min": lengths[0],
+        "p50": percentile(0.5),
+        "p90": percentile(0.9),
+        "p99": percentile(0.99),
+        "max": lengths[-1],
     }

@@ -1,10 +1,11 @@
-"""What a workload is made of: items without id or time, and a source from which the first so many are taken."""
+"""What a workload is made of: items without id or time, and a source that gives the same ones whenever it is asked."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
+from random import Random
 from typing import NamedTuple
 
 from lab.core import InputError
@@ -15,10 +16,11 @@ MOST_REDRAWS = 10_000  # in a row; a distribution that needs more lies above the
 class Item(NamedTuple):
     """One request before it has an id and a time."""
 
-    prompt: Seq[int]  # token ids, or a `range` where only the length matters
+    prompt: Seq[int]  # token ids; a `range` where only the length matters, `Pieces` where it is known what is shared
     output: int | None  # tokens it will generate, where that is forced
     max_tokens: int
     n: int = 1  # outputs that share the prompt
+    arrival_s: float | None = None  # where a trace says so
 
     @property
     def tokens(self) -> int:
@@ -27,11 +29,14 @@ class Item(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where items come from; `take(count)` gives the first `count`, and is called once."""
+    """Where items come from; `take(count)` begins anew each time it is called and gives the first `count`, one by one.
 
-    take: Callable[[int], list[Item]]
+    All that can be wrong with the items has been found when the source is there, or is found by a pass through them.
+    """
+
+    take: Callable[[int], Iterator[Item]]
     rows: int | None = None  # items before they repeat; None where they are drawn without end
-    arrivals_s: list[float] | None = None  # one per row, not descending, where the source has them
+    span_s: tuple[float, float] | None = None  # first and last arrival, where the rows have them, in order
     dropped: int = 0  # rows left out because they reach the limit
 
 
@@ -40,16 +45,19 @@ def of_lengths(prompt: int, output: int, max_tokens: int | None = None) -> Item:
     return Item(range(prompt), output, max_tokens or output)
 
 
-def drawn(items: Iterator[Item], spec: str, limit: int) -> Source:
-    """Endless `items`; those that reach `limit` tokens are drawn again."""
+def drawn(draw: Callable[[Random], Iterator[Item]], seed: int, spec: str, limit: int) -> Source:
+    """Items without end, drawn anew from the seed for each pass; those that reach `limit` tokens are drawn again."""
 
-    def take(count: int) -> list[Item]:
-        return [_below(items, spec, limit) for _ in range(count)]
+    def take(count: int) -> Iterator[Item]:
+        items = draw(Random(seed))
+        return (below_limit(items, spec, limit) for _ in range(count))
 
+    next(take(1))
     return Source(take)
 
 
-def _below(items: Iterator[Item], spec: str, limit: int) -> Item:
+def below_limit(items: Iterator[Item], spec: str, limit: int) -> Item:
+    """The next item with less than `limit` tokens."""
     for item in itertools.islice(items, MOST_REDRAWS):
         if item.tokens < limit:
             return item
@@ -59,24 +67,33 @@ def _below(items: Iterator[Item], spec: str, limit: int) -> Item:
     )
 
 
-def kept(items: Iterable[Item], spec: str, limit: int) -> list[int]:
-    """Places of the items that stay below `limit` tokens; at least one."""
-    items = list(items)
-    if not items:
-        raise InputError(f"workload {spec!r} has no rows: give at least one request")
-    places = [i for i, item in enumerate(items) if item.tokens < limit]
-    if not places:
-        raise InputError(
-            f"workload {spec!r}: each of its {len(items)} rows reaches the limit of {limit} tokens: raise the limit"
-        )
-    return places
+def recycled(read: Callable[[], Iterable[Item]], spec: str, limit: int) -> Source:
+    """The rows of a file in order, less those that reach `limit` tokens; from the start again when they run out.
+
+    `read` goes through the file, now for whatever is wrong with it and again for every pass.
+    """
+    rows, dropped, first_s, last_s = 0, 0, None, None
+    for item in read():
+        if item.tokens < limit:
+            rows += 1
+            first_s, last_s = item.arrival_s if first_s is None else first_s, item.arrival_s
+        else:
+            dropped += 1
+    if not rows:
+        raise nothing_left(spec, dropped, limit)
+
+    def take(count: int) -> Iterator[Item]:
+        rows_again = itertools.chain.from_iterable(read() for _ in itertools.count())
+        return itertools.islice((item for item in rows_again if item.tokens < limit), count)
+
+    span_s = None if first_s is None or last_s is None else (first_s, last_s)
+    return Source(take, rows, span_s, dropped)
 
 
-def recycled(items: list[Item], spec: str, limit: int, arrivals_s: list[float] | None = None) -> Source:
-    """The rows of a file in order, less those that reach `limit` tokens; from the start again when they run out."""
-    places = kept(items, spec, limit)
-    rows = [items[i] for i in places]
-    times = None if arrivals_s is None else [arrivals_s[i] for i in places]
-    return Source(
-        lambda count: list(itertools.islice(itertools.cycle(rows), count)), len(rows), times, len(items) - len(rows)
+def nothing_left(spec: str, dropped: int, limit: int) -> InputError:
+    """What to raise for a file of which no row can be used."""
+    if not dropped:
+        return InputError(f"workload {spec!r} has no rows: give at least one request")
+    return InputError(
+        f"workload {spec!r}: each of its {dropped} rows reaches the limit of {limit} tokens: raise the limit"
     )

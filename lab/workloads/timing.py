@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from lab.core import InputError, unknown
-from lab.workloads.arrivals import ARRIVALS, gamma, poisson, scaled
-from lab.workloads.source import Source
+from lab.workloads.arrivals import ARRIVALS, gamma, poisson, scale
+from lab.workloads.source import Item, Source
 
 MOST_REQUESTS = 10_000_000
 MOST_SECONDS = 10_000_000
 MOST_PER_SECOND = 1_000_000
+
+Timed = tuple[float, Item]  # seconds
+Times = Callable[[], Iterator[float]]  # seconds, in order, anew for each call
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,52 +49,62 @@ class Timing:
                 f"burstiness {self.burstiness}: must be from 0.001 to 1000000; 1 is Poisson, less comes in bursts"
             )
 
-    def times_s(self, spec: str, source: Source) -> list[float]:
-        """Arrival times in order, at least one. `spec` names the workload in messages."""
-        if self.arrivals == "all":
-            times = self._at_once(spec, source)
-        elif self.arrivals == "trace":
-            times = self._recorded(spec, source)
+    def schedule(self, spec: str, source: Source) -> tuple[int, Callable[[], Iterator[Timed]]]:
+        """How many requests there are, at least one, and a function whose every call goes through all of them.
+
+        `spec` names the workload in messages.
+        """
+        if self.arrivals == "trace":
+            count, pairs = self._recorded(spec, source)
         else:
-            times = self._drawn(spec, source)
-        if not times:
+            count, times = self._at_once(spec, source) if self.arrivals == "all" else self._drawn(spec, source)
+
+            def pairs() -> Iterator[Timed]:
+                return zip(times(), source.take(count), strict=True)
+
+        if not count:
             raise InputError(
                 f"workload {spec!r}: nothing arrives within {self.duration_s} s (rate {self.rate_per_s}): lengthen it"
             )
-        return times
+        return count, pairs
 
-    def _at_once(self, spec: str, source: Source) -> list[float]:
+    def _at_once(self, spec: str, source: Source) -> tuple[int, Times]:
         if self.rate_per_s is not None or self.duration_s is not None:
             raise InputError("arrivals all come at time 0: leave rate and duration out, and give a count")
-        return [0.0] * self._number(spec, source, "a count")
+        count = self._number(spec, source, "a count")
+        return count, lambda: itertools.repeat(0.0, count)
 
-    def _recorded(self, spec: str, source: Source) -> list[float]:
-        if source.arrivals_s is None:
+    def _recorded(self, spec: str, source: Source) -> tuple[int, Callable[[], Iterator[Timed]]]:
+        if source.span_s is None or source.rows is None:
             raise InputError(f"workload {spec!r} has no arrival times: choose arrivals poisson, gamma or all")
-        if self.count is not None and self.count > len(source.arrivals_s):
-            raise InputError(
-                f"count {self.count}: workload {spec!r} has {len(source.arrivals_s)} arrivals: take no more"
-            )
-        times = scaled(source.arrivals_s, self.rate_per_s, spec)[: self.count]
-        return [time_s for time_s in times if self.duration_s is None or time_s < self.duration_s]
+        if self.count is not None and self.count > source.rows:
+            raise InputError(f"count {self.count}: workload {spec!r} has {source.rows} arrivals: take no more")
+        factor = scale(source.span_s, source.rows, self.rate_per_s, spec)
+        most, end_s = self.count or source.rows, self.duration_s or math.inf
 
-    def _drawn(self, spec: str, source: Source) -> list[float]:
-        if self.rate_per_s is None:
+        def pairs() -> Iterator[Timed]:
+            timed = (((item.arrival_s or 0.0) * factor, item) for item in source.take(most))
+            return itertools.takewhile(lambda pair: pair[0] < end_s, timed)
+
+        return most if self.duration_s is None else sum(1 for _ in pairs()), pairs
+
+    def _drawn(self, spec: str, source: Source) -> tuple[int, Times]:
+        rate, duration, count = self.rate_per_s, self.duration_s, self.count
+        if rate is None:
             raise InputError(f"arrivals {self.arrivals} need a rate: give requests per second, or choose arrivals all")
-        count = self.count
-        if self.duration_s is None:
+        if duration is None:
             count = self._number(spec, source, "a duration or a count")
-            if count / self.rate_per_s > MOST_SECONDS:
-                raise InputError(
-                    f"rate {self.rate_per_s}: {count} requests take over {MOST_SECONDS} s: raise it or take fewer"
-                )
-        elif count is None and self.rate_per_s * self.duration_s > MOST_REQUESTS:
-            raise InputError(f"rate {self.rate_per_s}: over {MOST_REQUESTS} requests in {self.duration_s} s: lower it")
-        if self.arrivals == "poisson":
-            times = poisson(self.rate_per_s, self.duration_s, self.seed)
-        else:
-            times = gamma(self.rate_per_s, self.burstiness, self.duration_s, self.seed)
-        return list(itertools.islice(times, count))
+            if count / rate > MOST_SECONDS:
+                raise InputError(f"rate {rate}: {count} requests take over {MOST_SECONDS} s: raise it or take fewer")
+        elif count is None and rate * duration > MOST_REQUESTS:
+            raise InputError(f"rate {rate}: over {MOST_REQUESTS} requests in {duration} s: lower it")
+
+        def times() -> Iterator[float]:
+            if self.arrivals == "poisson":
+                return itertools.islice(poisson(rate, duration, self.seed), count)
+            return itertools.islice(gamma(rate, self.burstiness, duration, self.seed), count)
+
+        return count if duration is None and count else sum(1 for _ in times()), times
 
     def _number(self, spec: str, source: Source, remedy: str) -> int:
         number = self.count or source.rows
