@@ -20,10 +20,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lab import latency, metrics, plot
+from lab.check import check
 from lab.core import InputError
 from lab.harness import Claim, Options, writing
 from lab.record import Record
-from lab.run import Run, carry_out, check, real, requests_of
+from lab.run import Run, carry_out, real, requests_of
 
 SYSTEMS = {  # allocator: the paper's name, or ours in brackets
     "contiguous-max": "Orca (Max)",

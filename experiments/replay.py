@@ -120,7 +120,7 @@ def row(run: Run, record: Record) -> dict[str, Any]:
 def _outcome(run: Run, record: Record) -> dict[str, Any]:
     """What became of the requests; of prompts, the share that was found in memory; tokens due and generated."""
     events, requests = record.events, record.requests.drop_duplicates("request").set_index("request")
-    kinds = {kind: own for kind, own in events.groupby("kind")}
+    kinds = dict(iter(events.groupby("kind")))
     nothing = events.iloc[:0]
     ended = kinds.get("ended", nothing).groupby("request").size()
     whole = ended.index[(ended == requests["n"].reindex(ended.index)).to_numpy()]

@@ -15,13 +15,15 @@ from typing import Any, NoReturn
 
 import experiments
 from lab.allocators import ALLOCATORS
+from lab.check import check
 from lab.core import InputError, Registry, unknown
 from lab.hardware import HARDWARE
 from lab.harness import Experiment, Options, make_room, perform
-from lab.run import ARRIVALS, EXECUTORS, Run, check
+from lab.run import EXECUTORS, Run
 from lab.schedulers import PREEMPTION, SCHEDULERS
 from lab.shapes import SHAPES
 from lab.systems import SYSTEMS, system
+from lab.workloads import ARRIVALS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -153,7 +155,8 @@ def _epilog() -> str:
     """What the names may be, wrapped."""
     named = "a JSON file of fitted step times"
     models = f"on the virtual clock {', '.join(SHAPES)}; for torch smollm2, random:SHAPE, a folder, a .safetensors"
-    lengths = "sharegpt, alpaca, opt13b-256, uniform:..., lognormal:..., adversarial, prompts, paper:PATH"
+    drawn = "sharegpt, alpaca, conversations:..., uniform:..., lognormal:..., adversarial"
+    lengths = f"{drawn}, opt13b-256, prompts, paper:PATH"
     kinds = {
         "systems": ", ".join(SYSTEMS),
         "allocators": ", ".join(ALLOCATORS.names()),

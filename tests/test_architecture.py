@@ -56,11 +56,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"lab.engine", "lab.executors.simulated", "lab.executors.survival", "lab.hardware", "lab.shapes", "lab.pool"}
     | {"lab.real", "lab.record"}
     | {"lab.sources", "lab.workloads"},
+    "lab.check": POLICIES
+    | {"lab.engine", "lab.executors.simulated", "lab.hardware", "lab.run", "lab.shapes", "lab.workloads"},
     "lab.harness": {"lab.core", "lab.plot", "lab.record", "lab.run", "lab.metrics", "lab.latency", "lab.systems"},
     "experiments": POLICIES
     | {"lab.executors.simulated", "lab.hardware", "lab.shapes", "lab.workloads", "lab.record", "lab.run", "lab.harness"}
-    | {"lab.latency", "lab.metrics", "lab.plot", "lab.systems"},
-    "lab.experiment": POLICIES | {"lab.harness", "lab.hardware", "lab.run", "lab.shapes", "lab.systems", "experiments"},
+    | {"lab.latency", "lab.metrics", "lab.plot", "lab.systems", "lab.check", "kernels"},
+    "lab.experiment": POLICIES
+    | {"lab.check", "lab.harness", "lab.hardware", "lab.run", "lab.shapes", "lab.systems", "lab.workloads"}
+    | {"experiments"},
 }
 # Policies, and what of the rest must work where torch is not installed.
 WITHOUT_TORCH = (

@@ -19,10 +19,11 @@ import lab.harness
 from experiments import fragmentation
 from lab.allocators import Idle
 from lab.allocators.paged import Paged
+from lab.check import check
 from lab.core import InputError
 from lab.experiment import main
 from lab.record import Record
-from lab.run import Run, check
+from lab.run import Run
 
 ROOT = Path(__file__).parents[1]
 Refused = Callable[..., str]

@@ -10,9 +10,10 @@ import pytest
 from lab import latency, metrics
 from lab.allocators import ALLOCATORS, Idle, account
 from lab.allocators.slots import Slots
+from lab.check import check
 from lab.core import Group, InputError, Limits, Request, SamplingParams
 from lab.record import Record
-from lab.run import Run, carry_out, check
+from lab.run import Run, carry_out
 from lab.systems import SYSTEMS, label, system
 
 NAMES = (

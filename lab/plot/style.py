@@ -88,7 +88,7 @@ def seeds_of(seeds: pd.Series) -> str:
         return f"seed {known[0]}"
     whole = known == list(range(known[0], known[-1] + 1))
     listed = f"{known[0]} to {known[-1]}" if whole else ", ".join(map(str, known))
-    return f"means over seeds {listed} (bars: standard deviation)"
+    return f"means over seeds {listed} (± standard deviation)"
 
 
 def entitle(figure: Figure, axes: Axes, text: str, header: Mapping[str, Any], drawn: str) -> None:

@@ -52,7 +52,7 @@ def made(seeds: dict[int, float] = SEEDS) -> pd.DataFrame:
                         "normalised_s": 100 / (rate * factor),
                         "waste": 50.0,
                         "queued": 80.0,
-                        **{name: 0.0 for name in ("ended", "batch", "dead", "again", "preemptions")},
+                        **dict.fromkeys(("ended", "batch", "dead", "again", "preemptions"), 0.0),
                     }
                 )
     return pd.DataFrame(rows)

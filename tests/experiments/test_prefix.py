@@ -13,8 +13,8 @@ from lab.experiment import main
 from lab.harness import Options
 
 
-def options(quick: bool = True, **changes: object) -> Options:
-    return Options(changes, None, None, None, [0], quick, Path("results"))
+def options(**changes: object) -> Options:
+    return Options(changes, None, None, None, [0], True, Path("results"))
 
 
 def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,8 @@ from lab.harness import Options
 from lab.run import Run, carry_out
 
 
-def options(quick: bool = True, **changes: object) -> Options:
-    return Options(changes, None, None, None, [0], quick, Path("results"))
+def options(**changes: object) -> Options:
+    return Options(changes, None, None, None, [0], True, Path("results"))
 
 
 def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
