@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from textwrap import fill
 from typing import Any, NamedTuple
 
@@ -50,7 +51,6 @@ PER_CENT, POINTS = 5.0, 1.0  # tolerances
 BELOW = 0.9  # load: nearer to the knee, a queue turns any error of the pace into a wait without bound
 AT_ONCE = 400  # requests whose service, less its first and last quarter, gives the knee
 FIXED = ("executor", "hardware", "workload", "arrivals", "steps", "system", "allocator", "scheduler")
-_records: dict[Run, Record] = {}  # that `row` has read, for `measure`
 SYSTEMS: dict[str, dict[str, Any]] = {
     "paged": {"allocator": "paged"},
     "oracle": {"allocator": "contiguous-oracle"},
@@ -95,20 +95,19 @@ def runs(options: Options) -> list[Run]:
 
 
 def row(run: Run, record: Record) -> dict[str, Any]:
-    _records[run] = record
     compiled = record.steps[record.steps["compiled"]][["start_s", "end_s"]].sum()
     compiling_s = compiled["end_s"] - compiled["start_s"]
     return {"clock": "measured", **_identity(run), **_measures(record), "compiling_s": compiling_s}
 
 
-def measure(options: Options) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def measure(options: Options, places: Mapping[Run, Path]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The same points on the virtual clock at the pace of the calibration runs, which have been carried out."""
     calibration, held_out = _points(options)
-    fit = FittedCost.fit([step for run in calibration for step in measured_steps(_records[run])])
-    pace = write_pace(fit, options.out / "fidelity", _records[calibration[0]])
+    fit = FittedCost.fit([step for run in calibration for step in measured_steps(Record.load(places[run]))])
+    pace = write_pace(fit, options.out / "fidelity", Record.load(places[calibration[0]]))
     rows, knees = [], dict[Run, float]()
     for run in calibration + held_out:
-        record = _records.pop(run)
+        record = Record.load(places[run])
         twin = twin_of(run, record, pace)
         predicted = carry_out(twin, None).record()
         assert _asked(predicted).equals(_asked(record)), "both clocks serve the same requests"

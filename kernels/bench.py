@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ BLOCK = 16
 DTYPE = torch.bfloat16
 FLUSH_BYTES = 2**28  # written before every measured call: more than any L2 cache holds
 TORCH = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+
+Clock = Callable[[Callable[[], object]], float]  # microseconds that a call takes
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,12 @@ class Floors:
     matmul: float  # operations / us
 
 
-def median_us(call: Callable[[], object], repeats: int = 30) -> float:
-    """Median over calls that find the L2 cache cold; the flush also lets the host queue the call ahead."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+def median_us(call: Callable[[], object], repeats: int = 30, flush_bytes: int = FLUSH_BYTES) -> float:
+    """Median over calls that find the L2 cache cold; the flush also lets the host queue the call ahead.
+
+    Of a call shorter than it takes to queue, that holds only while the flush lasts longer: some 0.1 ms per 256 MiB.
+    """
+    flush = torch.empty(flush_bytes, dtype=torch.uint8, device="cuda")
     times = []
     for i in range(repeats + 5):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -95,45 +101,70 @@ def median_us(call: Callable[[], object], repeats: int = 30) -> float:
     return statistics.median(begin.elapsed_time(end) * 1e3 for begin, end in times)
 
 
-def measure_floors(device: str, size: int = 2**31, side: int = 8192) -> tuple[Floors, list[Measured]]:
+def wall_us(call: Callable[[], object], repeats: int = 7) -> float:
+    """Median over calls on a CPU, its caches as warm as they are; the first two do not count."""
+    times = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        call()
+        times.append(1e6 * (time.perf_counter() - start))
+    return statistics.median(times[2:])
+
+
+def measure_floors(
+    device: str, size: int = 2**31, side: int = 8192, clock: Clock | None = None
+) -> tuple[Floors, list[Measured]]:
+    """`clock` is `median_us`, or on a CPU `wall_us`."""
+    clock = clock or median_us
     source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     square = torch.randn(side, side, dtype=DTYPE, device=device)
-    read = Measured("read", f"{size >> 20} MiB", "sum", median_us(source.sum), bytes=size)
-    copy = Measured("copy", f"{size >> 20} MiB", "copy_", median_us(lambda: target.copy_(source)), bytes=2 * size)
+    read = Measured("read", f"{size >> 20} MiB", "sum", clock(source.sum), bytes=size)
+    copy = Measured("copy", f"{size >> 20} MiB", "copy_", clock(lambda: target.copy_(source)), bytes=2 * size)
     product = Measured(
-        "matrix product", f"{side}^3", "bfloat16", median_us(lambda: square @ square), operations=2 * side**3
+        "matrix product", f"{side}^3", "bfloat16", clock(lambda: square @ square), operations=2 * side**3
     )
     floors = Floors(read.bytes / read.us, copy.bytes / copy.us, product.operations / product.us)
     return floors, [read, copy, product]
 
 
-def make_cache(shape: Shape, device: str) -> tuple[Tensor, Tensor]:
-    size = (shape.sequences * shape.length // BLOCK, BLOCK, shape.kv_heads, shape.head_dim)
+def make_cache(shape: Shape, device: str, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+    size = (shape.sequences * -(-shape.length // block), block, shape.kv_heads, shape.head_dim)
     return torch.randn(size, dtype=DTYPE, device=device), torch.randn(size, dtype=DTYPE, device=device)
 
 
-def make_batch(shape: Shape, queries: int, paged: bool, device: str) -> Ragged:
+def make_batch(shape: Shape, queries: int, paged: bool, device: str, block: int = BLOCK) -> Ragged:
     """Paged: blocks in random order. Contiguous: one sequence behind the other."""
-    per_row = shape.length // BLOCK
+    per_row = -(-shape.length // block)
     order = torch.randperm(shape.sequences * per_row).tolist() if paged else range(shape.sequences * per_row)
     tables = [order[row * per_row : (row + 1) * per_row] for row in range(shape.sequences)]
     rows = [(queries, shape.length - queries, shape.length, 0, table) for table in tables]
-    return Ragged.build(rows, BLOCK, paged, device)
+    return Ragged.build(rows, block, paged, device)
 
 
-def bench_attention(name: str, shape: Shape, queries: int, floors: Floors, device: str) -> Iterator[Measured]:
-    """`queries` tokens at the end of every row: 1 for decode, all for a prompt."""
-    k_cache, v_cache = make_cache(shape, device)
+def bench_attention(
+    name: str,
+    shape: Shape,
+    queries: int,
+    floors: Floors,
+    device: str,
+    *,
+    block: int = BLOCK,
+    clock: Clock | None = None,
+) -> Iterator[Measured]:
+    """`queries` tokens at the end of every row: 1 for decode, all for a prompt. `clock` as in `measure_floors`."""
+    clock = clock or median_us
+    k_cache, v_cache = make_cache(shape, device, block)
     q = torch.randn(shape.sequences * queries, shape.heads, shape.head_dim, dtype=DTYPE, device=device)
     scale = shape.head_dim**-0.5
     seen = queries * shape.length - queries * (queries - 1) // 2  # (query, key) pairs of a row and head
     operations = 4 * shape.sequences * shape.heads * shape.head_dim * seen
-    bytes_ = (k_cache.numel() + v_cache.numel() + 2 * q.numel()) * DTYPE.itemsize
+    stored = shape.sequences * shape.length * shape.kv_heads * shape.head_dim  # not what fills up a last block
+    bytes_ = (2 * stored + 2 * q.numel()) * DTYPE.itemsize
     floor_us = max(bytes_ / floors.read, operations / floors.matmul)
     counted = {"operations": operations} if queries > 1 else {"bytes": bytes_}
     batched = (shape.sequences, -1)
-    dense = (x.reshape(*batched, *x.shape[-2:]).transpose(1, 2) for x in (q, k_cache, v_cache))
+    dense = (x.reshape(*batched, *x.shape[-2:])[:, : shape.length].transpose(1, 2) for x in (q, k_cache, v_cache))
     q_dense, k_dense, v_dense = dense  # [sequences, heads, tokens, head_dim]
     grouped = shape.heads != shape.kv_heads
 
@@ -143,7 +174,7 @@ def bench_attention(name: str, shape: Shape, queries: int, floors: Floors, devic
     expected = with_torch().transpose(1, 2).reshape(q.shape).float()
     attention = for_device(device).attention
     for paged in (True, False):
-        batch = make_batch(shape, queries, paged, device)
+        batch = make_batch(shape, queries, paged, device, block)
 
         def ours(batch: Ragged = batch) -> Tensor:
             return attention(q, k_cache, v_cache, batch, scale=scale)
@@ -151,11 +182,11 @@ def bench_attention(name: str, shape: Shape, queries: int, floors: Floors, devic
         # Torch's result holds for the blocks in their order, which is how the contiguous batch reads them.
         error = None if paged else float((ours().float() - expected).norm() / expected.norm())
         variant = "paged" if paged else "contiguous"
-        yield Measured(name, str(shape), variant, median_us(ours), floor_us=floor_us, error=error, **counted)
+        yield Measured(name, str(shape), variant, clock(ours), floor_us=floor_us, error=error, **counted)
     for backend, kind in TORCH.items():
         try:
             with sdpa_kernel(kind):
-                us = median_us(with_torch)
+                us = clock(with_torch)
         except RuntimeError:  # this build of torch, or this shape, has no such kernel
             continue
         yield Measured(name, str(shape), f"torch {backend}", us, floor_us=floor_us, **counted)

@@ -83,8 +83,8 @@ class Options:
 class Experiment(Protocol):
     """What a file in `experiments/` defines; its docstring begins with the question.
 
-    One that times something other than a run (a kernel, a transfer) also defines `measure(options)`: rows of the same
-    kind, measured now, in this process, and a header that says on what.
+    One that times something other than a run (a kernel, a transfer), or whose rows follow from several runs together,
+    also defines `measure(options, places)`: more rows, made now and in this process, and a header that says on what.
     """
 
     def runs(self, options: Options) -> list[Run]:
@@ -195,10 +195,10 @@ def gather(experiment: Experiment, places: Mapping[Run, Path], options: Options)
     """A row per run, and what the experiment measures itself; the header of the first run, or of what was measured."""
     rows = [_row(experiment, run, place) for run, place in places.items()]
     header = dict(Record.load(next(iter(places.values()))).header) if places else {}
-    measure: Callable[[Options], tuple[list[dict[str, Any]], dict[str, Any]]] | None
+    measure: Callable[[Options, Mapping[Run, Path]], tuple[list[dict[str, Any]], dict[str, Any]]] | None
     measure = getattr(experiment, "measure", None)
     if measure is not None:
-        measured, measured_on = measure(options)
+        measured, measured_on = measure(options, places)
         rows += measured
         header = header or measured_on
     return pd.DataFrame(rows), header
