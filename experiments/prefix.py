@@ -46,7 +46,7 @@ CHAT = Run(
     hardware="a100-80gb",
     workload="conversations:users=200,turns=8,system=200",
     length=4096,
-    rate=8.0,
+    rate=3.0,
     duration_s=600.0,
 )
 CHAT_WAYS = {"prefix cache": "paged-prefix", "no sharing": "paged"}

@@ -3,7 +3,7 @@
 The virtual clock replays them (lab/executors/survival.py). A beam search that must share memory is only as good as the
 coming and going of its beams, and no distribution that one could guess has a language model's.
 
-    python papers/pagedattention/beams.py            some ten minutes on two cores
+    python papers/pagedattention/beams.py            some five minutes on two cores
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def watch() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=48, help="how many (default: 48)")
-    parser.add_argument("--tokens", type=int, default=96, help="longest answer (default: 96)")
+    parser.add_argument("--prompts", type=int, default=24, help="how many (default: 24)")
+    parser.add_argument("--tokens", type=int, default=64, help="longest answer (default: 64)")
     parser.add_argument("--out", type=Path, default=FILE)
     args = parser.parse_args()
     watch()
