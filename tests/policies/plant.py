@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-POLICIES = ("extents", "engine", "continuous", "static", "checksum", "allocators")
+POLICIES = ("extents", "engine", "continuous", "static", "checksum", "allocators", "prefixes", "beams")
 POLICY_TESTS = tuple(f"tests/policies/test_{name}.py" for name in POLICIES)
 
 
@@ -41,8 +41,8 @@ BUGS = (
     Bug(
         "reference counts: a block is freed when one holder is left",
         "lab/allocators/paged.py",
-        "if not self.holders[b]:",
-        "if self.holders[b] <= 1:",
+        "self.holders[b] -= 1\n        if not self.holders[b]:",
+        "self.holders[b] -= 1\n        if self.holders[b] <= 1:",
     ),
     Bug(
         "copy-on-write: the last two holders write into the same block",
@@ -105,6 +105,42 @@ BUGS = (
         "(key[None, :] <= query[:, None])",
         "(key[None, :] <= query[:, None] + 1)",
         ("tests/kernels/test_triton.py",),
+    ),
+    Bug(
+        "prefix cache: a block is found before it is full",
+        "lab/allocators/paged.py",
+        "min(s.computed // self.block, len(table))",
+        "min(blocks(s.computed, self.block), len(table))",
+    ),
+    Bug(
+        "prefix cache: the beginning of a prefix is evicted before its end",
+        "lab/allocators/paged.py",
+        "for b in reversed(self.tables.pop(s, [])):",
+        "for b in self.tables.pop(s, []):",
+    ),
+    Bug(
+        "prefix cache: what is still to come from the host is found",
+        "lab/allocators/paged.py",
+        'if any(move.kind == "in" for move in self.moves):',
+        "if False:",
+    ),
+    Bug(
+        "beams: a beam that goes on twice is not copied to the dropped one",
+        "lab/beams.py",
+        "self.forks.append((parents[c.rank], home))",
+        "pass",
+    ),
+    Bug(
+        "beams: the memory of a dropped beam is believed to be of its new tokens",
+        "lab/engine.py",
+        "dropped.computed = 0",
+        "pass",
+    ),
+    Bug(
+        "beams: what was to be forked is forgotten when a group is swapped out",
+        "lab/schedulers/__init__.py",
+        "            plan.swapped.add(group)\n        else:\n            group.forks.clear()\n",
+        "            plan.swapped.add(group)\n        group.forks.clear()\n",
     ),
     Bug(
         "accounting: the slot after the last computed token counts as stored",
