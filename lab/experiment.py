@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import pkgutil
 import shlex
 import signal
@@ -66,6 +67,8 @@ def _main(arguments: list[str]) -> int:
 
 def _one(name: str, options: Options, fresh: bool, command: str) -> int:
     experiment = find(name)
+    if (options.rates or options.thresholds) and not hasattr(experiment, "THRESHOLDS"):
+        raise InputError(f"{name} looks for no sustained rate: leave --rates and --thresholds to capacity")
     make_room(options.out)
     runs = experiment.runs(options)
     for run in runs:
@@ -136,6 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--arrivals", choices=ARRIVALS, help="when requests come; all: at once, trace: at the file's own times")
     add("--burstiness", type=float, metavar="SHAPE", help="of gamma arrivals: 1 is Poisson's, less is burstier")
     add("--rate", type=float, metavar="REQ/S", help="requests that arrive per second")
+    add("--rates", metavar="R,S,...", help="rates to try, ascending, where an experiment looks for the sustained one")
+    add("--thresholds", metavar="S,T,...", help="seconds per token up to which a rate counts as sustained")
     add("--duration", dest="duration_s", type=float, metavar="S", help="seconds of arrivals; the run is cut off there")
     add("--drain", action="store_true", default=None, help="do not cut it off: serve all that has arrived")
     add("--count", type=int, metavar="N", help="requests at most")
@@ -181,6 +186,8 @@ def _options(args: argparse.Namespace) -> Options:
         seeds=_seeds(args.seeds),
         quick=args.quick,
         out=args.out,
+        rates=_ascending("rates", args.rates),
+        thresholds=_ascending("thresholds", args.thresholds),
     )
 
 
@@ -201,6 +208,18 @@ def _systems(args: argparse.Namespace) -> list[str] | None:
     if args.allocator or args.scheduler:
         raise InputError(f"system {args.system!r} has an allocator and a scheduler: leave --allocator, --scheduler out")
     return [system(name.strip()).name for name in args.system.split(",")]
+
+
+def _ascending(name: str, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        numbers = [float(number) for number in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(0 < a < math.inf for a in numbers) or sorted(set(numbers)) != numbers:
+        raise InputError(f"{name} {text!r}: give numbers above zero in ascending order, as 0.5,1,2")
+    return numbers
 
 
 def _seeds(text: str | None) -> list[int] | None:

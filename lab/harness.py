@@ -53,6 +53,8 @@ class Options:
     seeds: list[int] | None
     quick: bool
     out: Path
+    rates: list[float] | None = None  # requests/s, ascending: of an experiment that looks for the one a system sustains
+    thresholds: list[float] | None = None  # seconds per token up to which a rate counts as sustained
 
     def apply(self, run: Run) -> Run:
         """The run with these changes. A rate spreads out what would come at once; a trace has its own times."""
@@ -163,7 +165,7 @@ def carry_out_all(places: Mapping[Run, Path]) -> None:
 def report(experiment: Experiment, places: Mapping[Run, Path], out: Path, options: Options, command: str) -> int:
     rows, header = gather(experiment, places, options)
     header["command"] = command
-    rows.attrs.update(block=header.get("block"), capacity=header.get("capacity"))
+    rows.attrs.update(block=header.get("block"), capacity=header.get("capacity"), thresholds=options.thresholds)
     tables = experiment.tables(rows)
     claims = experiment.claims(rows)
     if options.quick:
