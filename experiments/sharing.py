@@ -53,7 +53,7 @@ def runs(options: Options) -> list[Run]:
         loads = [base]
     if options.quick and not device:
         loads = [replace(loads[0], duration_s=30.0, rate=(loads[0].rate or 4.0) / 2)]
-    modes = [{"n": k, "beams": 0} for k in widths] + [{"n": k, "beams": k} for k in widths]
+    modes: list[dict[str, Any]] = [{"n": k, "beams": k * searching} for searching in (0, 1) for k in widths]
     points = [replace(load, **mode) for load in loads for mode in modes]
     seeds = options.seeds or ([0] if options.quick or device else [0, 1, 2])
     found = [r for p in points for seed in seeds for r in options.variants(replace(p, seed=seed), SYSTEMS)]
