@@ -3,19 +3,33 @@
 #
 #   papers/pagedattention/gpu.sh FOLDER PART...       from the root of the repository
 #
-#   tests   kernels against float64 and against torch's attention
-#   bench   timings of the kernels, with the two floors measured on the spot
-#   quick   figure 2 over 300 steps: does it run at all
-#   runs    figure 2: OPT-13B's shape, random weights, 12 GiB pool, 6,000 steps of each system
-#   clock   the same requests on a virtual clock with the measured step times
+#   tests        kernels against float64 and against torch's attention
+#   bench        timings of the kernels, with the two floors measured on the spot
+#   quick        figure 2 over 300 steps: does it run at all
+#   an experiment by its name (OPT-13B's shape, random weights, 12 GiB pool): fragmentation, clock, indirection, preemption,
+#   blocksize, factorial, capacity, growth, gap, systems, fidelity
 #
-# Results lie in results/gpu and, packed with what was printed, in FOLDER.
+# Results lie in results/gpu and, packed with what was printed, in FOLDER; from there
+# papers/pagedattention/reproduce.sh --keep h200 results/gpu takes them into the pages.
 set -uo pipefail
 out=${1:?give a folder for the results}
 shift
+parts=" tests bench quick fragmentation clock indirection preemption blocksize factorial capacity growth gap systems fidelity "
 for part in "$@"; do
-  [[ " tests bench quick runs clock " == *" $part "* ]] || { echo "part $part is unknown: give tests, bench, quick, runs or clock"; exit 2; }
+  [[ "$parts" == *" $part "* ]] || { echo "part $part is unknown: give some of$parts"; exit 2; }
 done
+reserving=contiguous-max,contiguous-oracle,contiguous-oracle-firstfit,paged-oracle,paged
+declare -A options=( # of an experiment that would take too long otherwise; fragmentation and clock find the GPU themselves
+  [indirection]="--device cuda"
+  [preemption]="--device cuda"
+  [blocksize]="--device cuda --seeds 0"
+  [factorial]="--device cuda --allocator $reserving --scheduler static,continuous --batch 2048 --seeds 0"
+  [capacity]="--device cuda --workload sharegpt --system vllm,orca-oracle,orca-max --duration 300 --seeds 0"
+  [growth]="--device cuda --seeds 0"
+  [gap]="--device cuda --seeds 0"
+  [systems]="--device cuda --seeds 0"
+  [fidelity]="--device cuda --seeds 0"
+)
 export PYTHONPATH=. HF_HUB_OFFLINE=1 # and KVLAB_REVISION where the copy has no .git
 results=results/gpu
 status=0
@@ -25,8 +39,8 @@ for part in "$@"; do
     tests) python3 -m pytest tests/kernels -p no:cacheprovider -k "not ahead_of_time and not name_clash" 2>&1 ;;
     bench) python3 -m kernels.bench --out "$results" 2>&1 ;;
     quick) python3 -m lab.experiment fragmentation --quick --out results/gpu-quick 2>&1 ;;
-    runs) timeout --kill-after=30 "${SECONDS_FOR_RUNS:-540}" python3 -m lab.experiment fragmentation --out "$results" 2>&1 ;;
-    clock) python3 -m lab.experiment clock --out "$results" 2>&1 ;;
+    *) timeout --kill-after=30 "${SECONDS_FOR_A_PART:-540}" \
+      python3 -m lab.experiment "$part" ${options[$part]:-} --out "$results" 2>&1 ;;
   esac | tee "$out/$part.txt" || { status=$?; echo "part $part ended with status $status" | tee -a "$out/$part.txt"; }
 done
 tar -czf "$out/results.tgz" -C "$results" .
