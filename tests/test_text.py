@@ -45,13 +45,17 @@ def serve(
     preemption: str,
     pool: int,
     length: int,
+    reserved: Seq[int] = (),
 ) -> Served:
     limits = Limits(seqs=64, tokens=512, length=length)
     memory = ALLOCATORS.get(allocator)(pool, 8, limits)
     policy = SCHEDULERS.get(scheduler)(memory, limits, preemption=preemption, batch=6, timeout_s=0.0)
     done: list[Group] = []
     executor = TorchExecutor(model, pool, 8, poison=True)
-    Engine(policy, executor, on_end=done.append).run(requests)
+    engine = Engine(policy, executor, on_end=done.append)
+    if reserved:
+        assert engine.reserve(reserved) == (len(reserved) // 8 * 8 if allocator.startswith("paged") else 0)
+    engine.run(requests)
     assert memory.idle().free + memory.idle().cached == memory.capacity
     assert not memory.tables
     assert not policy.host.used
@@ -132,6 +136,18 @@ def test_tiny_llama(tiny: Any, prompts: Any, expected: Any, allocator: str, sche
     assert agree(served, expected) == 0  # this seed has no close call
     if allocator in ("paged", "contiguous-need", "contiguous-need-firstfit", "contiguous-need-bestfit"):
         assert served.preemptions > 0
+
+
+@pytest.mark.parametrize("allocator", ["paged", "paged-prefix", "paged-oracle", "contiguous-double"])
+def test_a_shared_prefix_changes_no_text(tiny: Any, prompts: Any, allocator: str) -> None:
+    """Found in a cache, reserved, or computed by each: the same text as transformers'."""
+    shared = tuple(range(30, 51))
+    behind = [(*shared, *p) for p in prompts]
+    requests = [Request(i, i / 100, p, 12, SamplingParams(max_tokens=12)) for i, p in enumerate(behind)]
+    expected = generate(tiny[1], behind, 12)
+    for reserved in (shared, ()):
+        served = serve(tiny[0], requests, allocator, "continuous", "swap", 64 * 4, 96, reserved)
+        assert agree(served, expected) == 0
 
 
 def test_sampled_text_is_the_same_under_every_policy(tiny: Any, prompts: Any) -> None:
