@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lab.plot.style import FONT, GREY, INK, entitle, seeds_of, style
+from lab.plot.style import COLORS, FONT, GREY, INK, POLICIES, entitle, seeds_of, style
 
 
 def lines(
@@ -76,6 +76,8 @@ def bars(
     """
     places, kinds = (list(dict.fromkeys(rows[column])) for column in (groups, by))
     width = 0.8 / len(kinds)
+    known = all(kind in POLICIES for kind in kinds)
+    colors = {k: style(str(k))["color"] if known else COLORS[i % len(COLORS)] for i, k in enumerate(kinds)}
     mean, spread = (rows.groupby([groups, by])[y].agg(kind) for kind in ("mean", "std"))
     with mpl.rc_context(FONT):
         size = (max(5.6, 1.2 + 0.55 * len(places) * (len(kinds) + 0.6)), 4.4)
@@ -85,11 +87,12 @@ def bars(
             for g, place in enumerate(places):
                 at, theirs = g - 0.4 + width * (k + 0.5), (paper or {}).get((place, kind))
                 if (place, kind) in mean.index:
-                    height, error = mean[place, kind], spread[place, kind]
+                    height, error = mean[place, kind], np.nan_to_num(spread[place, kind])
                     label = str(kind) if place == places[0] else None
-                    axes.bar(at, height, 0.9 * width, color=style(str(kind))["color"], label=label, alpha=0.9)
-                    axes.errorbar(at, height, 0.0 if np.isnan(error) else error, color=INK, linewidth=0.9, capsize=2)
-                    axes.text(at, height, number.format(height), ha="center", va="bottom", fontsize=7.5, color=INK)
+                    axes.bar(at, height, 0.9 * width, color=colors[kind], label=label, alpha=0.9)
+                    axes.errorbar(at, height, error, color=INK, linewidth=0.9, capsize=2)
+                    text = number.format(height)
+                    axes.text(at, height + error, text, ha="center", va="bottom", fontsize=7.5, color=INK)
                 if theirs is not None:
                     axes.bar(at, theirs, width, color="none", edgecolor=GREY, linewidth=1.1, linestyle="--")
         if paper:
@@ -98,7 +101,7 @@ def bars(
         axes.set_ylabel(ylabel)
         axes.margins(y=0.12)
         axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside lower left", ncols=5, frameon=False, fontsize=8.5)
+        figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=8.5)
         entitle(figure, axes, title, header, seeds_of(rows["seed"]))
     return figure
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -93,4 +94,6 @@ def seeds_of(seeds: pd.Series) -> str:
 
 def entitle(figure: Figure, axes: Axes, text: str, header: Mapping[str, Any], drawn: str) -> None:
     figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold")
-    axes.set_title(f"{setting(header)}, {drawn}", loc="left", fontsize=9, color=INK)
+    room = int(11 * figure.get_figwidth())  # letters
+    said = "\n".join(textwrap.wrap(f"{setting(header)}, {drawn}", room))
+    axes.set_title(said, loc="left", fontsize=9, color=INK)
