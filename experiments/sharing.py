@@ -122,6 +122,7 @@ def figure(rows: pd.DataFrame, header: Mapping[str, Any]) -> Figure:
     }
     title = "What sharing between outputs of one prompt saves"
     ylabel = "blocks saved (%)"
+    header = {**header, "workload": " and ".join(dict.fromkeys(own["workload"]))}
     return plot.bars(own, header, title, groups="what", by="outputs", y="saved", ylabel=ylabel, paper=paper)
 
 

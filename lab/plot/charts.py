@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from lab.plot.style import COLORS, FONT, GREY, INK, POLICIES, entitle, seeds_of, style
 
@@ -95,13 +96,15 @@ def bars(
                     axes.text(at, height + error, text, ha="center", va="bottom", fontsize=7.5, color=INK)
                 if theirs is not None:
                     axes.bar(at, theirs, width, color="none", edgecolor=GREY, linewidth=1.1, linestyle="--")
+        handles, labels = axes.get_legend_handles_labels()
         if paper:
-            axes.bar([], [], color="none", edgecolor=GREY, linestyle="--", label="paper")
+            handles.append(Patch(facecolor="none", edgecolor=GREY, linestyle="--", label="paper"))
+            labels.append("paper")
         axes.set_xticks(range(len(places)), [str(place) for place in places])
         axes.set_ylabel(ylabel)
         axes.margins(y=0.12)
         axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=8.5)
+        figure.legend(handles, labels, loc="outside lower left", ncols=4, frameon=False, fontsize=8.5)
         entitle(figure, axes, title, header, seeds_of(rows["seed"]))
     return figure
 

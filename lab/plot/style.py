@@ -94,6 +94,6 @@ def seeds_of(seeds: pd.Series) -> str:
 
 def entitle(figure: Figure, axes: Axes, text: str, header: Mapping[str, Any], drawn: str) -> None:
     figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold")
-    room = int(11 * figure.get_figwidth())  # letters
+    room = int(12.5 * figure.get_figwidth())  # letters
     said = "\n".join(textwrap.wrap(f"{setting(header)}, {drawn}", room))
     axes.set_title(said, loc="left", fontsize=9, color=INK)
