@@ -14,7 +14,7 @@ import pytest
 
 from lab.experiment import names
 from papers import pages
-from papers.pagedattention import drawings
+from papers.pagedattention import draw
 
 ROOT = Path(__file__).parents[1]
 PAPERS = ROOT / "papers"
@@ -92,7 +92,7 @@ def test_reproduce_runs_experiments_that_exist_and_refuses_what_it_does_not_know
 
 
 def test_drawings_are_drawn(tmp_path: Path) -> None:
-    drawings.main(tmp_path)
+    draw.main(tmp_path)
     committed = {path.name for path in (PAPERS / "pagedattention" / "drawings").iterdir()}
     assert {path.name for path in tmp_path.iterdir()} == committed
     for path in tmp_path.iterdir():

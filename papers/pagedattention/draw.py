@@ -1,4 +1,4 @@
-"""Draws the three ideas of the page: `python papers/pagedattention/drawings.py [FOLDER]`."""
+"""Draws the three ideas of the page: `python papers/pagedattention/draw.py [FOLDER]`."""
 
 from __future__ import annotations
 
