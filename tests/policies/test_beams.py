@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from lab.allocators import ALLOCATORS
 from lab.beams import Beams
-from lab.core import InputError, Request, Sampled, SamplingParams
+from lab.core import InputError, Plan, Request, Sampled, SamplingParams
+from lab.schedulers import SCHEDULERS
 
 NEVER: frozenset[int] = frozenset()
 
@@ -111,3 +113,25 @@ def test_what_a_preemption_loses_counts_shared_tokens_once() -> None:
 def test_settings_that_make_no_search(settings: dict[str, float], words: str) -> None:
     with pytest.raises(InputError, match=words):
         SamplingParams(**settings)  # type: ignore[arg-type]
+
+
+def test_a_fork_that_is_due_survives_a_swap() -> None:
+    """Otherwise the dropped beam would be computed anew: the right text, at the price of its whole length."""
+    scheduler = SCHEDULERS.get("continuous")(ALLOCATORS.get("paged")(64, 4), preemption="swap", watermark=0.0)
+    group = beams(prompt=tuple(range(9)))
+    scheduler.submit(group)
+    for _ in range(2):  # all but the last token of the prompt, then that one, by both
+        for s, tokens in scheduler.schedule(0.0, False).work.items():
+            s.computed += tokens
+    first, second = group.live
+    step(group, [(7, -1.0), (8, -2.0)], [(7, -1.0), (8, -2.0)])
+    for s, tokens in scheduler.schedule(0.0, False).work.items():
+        s.computed += tokens
+    step(group, [(3, -0.1), (4, -0.2)], [(5, -3.0), (6, -4.0)])
+    second.computed = 0
+    assert group.forks == [(first, second)]
+    scheduler.preempt(group, Plan())
+    assert group in scheduler.host.saved
+    plan = scheduler.schedule(0.0, False)
+    assert plan.forked == [second]
+    assert plan.work == {first: 1, second: 1}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from lab.allocators.paged import Paged
 from lab.allocators.prefixes import Prefixes
-from lab.core import Group, Limits, Request, Sequence
+from lab.allocators.swap import Host
+from lab.core import Group, Limits, Request, SamplingParams, Sequence
 
 BLOCK = 4
 
@@ -117,3 +118,29 @@ def test_a_reserved_prefix_is_never_evicted() -> None:
     assert not memory.fits(Request(2, 0.0, (9,) * 16, 2)), "four blocks are left for those that do not begin with it"
     assert memory.fits(Request(3, 0.0, (*range(8), 9, 9, 9, 9), 2))
     assert enter(memory, 4, [*range(8), 9, 9])[1] == 8
+
+
+def test_what_never_came_back_from_the_host_is_not_found() -> None:
+    """Three outputs share two blocks; the third finds no room, so nothing is loaded, and the moves are given up."""
+    memory = pool(12)
+    host = Host(12 * BLOCK, BLOCK)
+    group = Group(Request(0, 0.0, tuple(range(8)), 9, SamplingParams(n=3)))
+    leader = group.live[0]
+    assert memory.admit(group) == 0
+    leader.computed = 8
+    for child in group.live[1:]:
+        assert memory.fork(leader, child, 8)
+        child.computed = 8
+    for i, s in enumerate(group.live):
+        s.tokens += [100 + i] * 4
+        assert memory.extend(s, 12)
+        s.computed = 12
+    assert host.save(memory, group)
+    filler, _ = enter(memory, 1, [7] * 48)  # what was cached is evicted
+    memory.moves = []
+    memory.release(filler)
+    memory.prefixes = Prefixes(BLOCK)
+    memory.free = list(range(4))  # two shared blocks, and one for each of two outputs
+    assert not host.load(memory, group)
+    assert not memory.moves
+    assert memory.prefixes.match(list(range(8)), 2) == []
