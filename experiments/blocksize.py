@@ -29,8 +29,8 @@ from matplotlib.figure import Figure
 
 from experiments.fragmentation import window
 from lab import latency, metrics, plot
-from lab.core import InputError
-from lab.harness import Claim, Options
+from lab.harness import Claim
+from lab.options import Options
 from lab.plot.style import GREY, style
 from lab.record import Record
 from lab.run import Run
@@ -72,7 +72,7 @@ CPU = Run(executor="torch", model="smollm2", dtype="float32", pool="1200", lengt
 
 
 def runs(options: Options) -> list[Run]:
-    base = machine(options, VIRTUAL, CPU, GPU)
+    base = options.where(VIRTUAL, GPU, CPU)
     sizes = sizes_of(options, QUICK_BLOCKS if options.quick else BLOCKS)
     if base.simulated:
         known: tuple[Load, ...] = QUICK_LOADS if options.quick else VIRTUAL_LOADS
@@ -87,18 +87,6 @@ def runs(options: Options) -> list[Run]:
         for seed in seeds
     ]
     return distinct(run for point in points for run in options.variants(point, ["vllm"]))
-
-
-def machine(options: Options, virtual: Run, cpu: Run, gpu: Run) -> Run:
-    """The setting for where it is to run: on the virtual clock, unless torch or a device is asked for."""
-    device, pace = options.changes.get("device"), options.changes.get("hardware")
-    if options.changes.get("executor", "torch" if device else "simulated") == "simulated":
-        if device:
-            raise InputError(f"device {device!r}: the virtual clock has none; leave out --device or --executor")
-        return virtual
-    if pace:
-        raise InputError(f"hardware {pace!r}: a real device keeps its own pace; leave out --hardware")
-    return gpu if (device or "cpu").startswith("cuda") else cpu
 
 
 def sizes_of(options: Options, known: Iterable[int]) -> list[int]:

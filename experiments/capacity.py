@@ -31,7 +31,8 @@ from experiments._knees import knee, ratio, spread_of
 from experiments.fragmentation import window
 from lab import latency, metrics
 from lab.core import InputError
-from lab.harness import Claim, Options
+from lab.harness import Claim
+from lab.options import Options
 from lab.plot.style import FONT, GREY, entitle, seeds_of
 from lab.record import Record
 from lab.run import Run
@@ -95,7 +96,7 @@ LAPTOP = Run(executor="torch", model="smollm2", dtype="float32", pool="1200", le
 
 
 def runs(options: Options) -> list[Run]:
-    base, changes = _base(options.changes), options.changes
+    base, changes = _base(options), options.changes
     if options.quick:
         base = replace(base, duration_s=20.0) if base.simulated else replace(base, count=4)
     seeds = options.seeds or ([0, 1, 2] if base.simulated and not options.quick else [0])
@@ -265,23 +266,16 @@ def _latencies(rows: pd.DataFrame) -> dict[tuple[Any, ...], dict[str, Any]]:
     return {key: {"s/token": spread_of(own.mean(), own.std())} for key, own in points}
 
 
-def _base(changes: Mapping[str, Any]) -> Run:
+def _base(options: Options) -> Run:
     """On the virtual clock unless torch or a device is asked for. InputError for what makes no sense here."""
+    changes = options.changes
     if changes.get("arrivals") in ("all", "trace"):
         rule = "they come at times of their own, and this experiment varies their rate; take poisson or gamma"
         raise InputError(f"arrivals {changes['arrivals']!r}: {rule}")
     if changes.get("steps"):
         rule = "cut off, a run has no latency for those that still wait; shorten it with --duration or --count"
         raise InputError(f"steps {changes['steps']}: {rule}")
-    device = changes.get("device")
-    if changes.get("executor", "torch" if device else "simulated") == "simulated":
-        if device:
-            raise InputError(f"device {device!r}: the virtual clock has none; leave it out, or take --executor torch")
-        return VIRTUAL
-    if changes.get("hardware"):
-        rule = "a real device keeps its own pace; leave --hardware out, or --executor"
-        raise InputError(f"hardware {changes['hardware']!r}: {rule}")
-    return GPU if str(device).startswith("cuda") else LAPTOP
+    return options.where(VIRTUAL, GPU, LAPTOP)
 
 
 def _rates(run: Run, options: Options) -> list[float]:

@@ -23,7 +23,8 @@ from experiments import fragmentation
 from lab import latency, metrics, plot
 from lab.core import InputError
 from lab.executors.simulated import FittedCost
-from lab.harness import Claim, Options, writing
+from lab.harness import Claim, writing
+from lab.options import Options
 from lab.record import Record
 from lab.run import Run, carry_out, requests_of
 from lab.shapes import shape

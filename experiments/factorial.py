@@ -33,7 +33,8 @@ from matplotlib.figure import Figure
 from experiments import fragmentation
 from lab import latency, metrics, plot
 from lab.core import InputError, Limits
-from lab.harness import Claim, Options
+from lab.harness import Claim
+from lab.options import Options
 from lab.record import Record
 from lab.run import Run
 from lab.schedulers import SCHEDULERS

@@ -28,7 +28,8 @@ from experiments.fragmentation import GPU_BYTES
 from lab import latency, metrics
 from lab.core import InputError
 from lab.executors.simulated import FittedCost
-from lab.harness import Claim, Options
+from lab.harness import Claim
+from lab.options import Options
 from lab.plot.style import BLACK, BLUE, FONT, GREEN, GREY, ORANGE, PURPLE, VERMILION, entitle, seeds_of
 from lab.record import Record
 from lab.run import Run, carry_out, real

@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 
 from lab import latency, metrics, plot
 from lab.check import check
-from lab.core import InputError
-from lab.harness import Claim, Options, writing
+from lab.harness import Claim, writing
+from lab.options import Options
 from lab.record import Record
 from lab.run import Run, carry_out, real, requests_of
 
@@ -236,21 +236,16 @@ def _more(mean: pd.DataFrame) -> pd.DataFrame:
 
 def _base(options: Options) -> Run:
     """On a GPU with room for OPT-13B, else on the virtual clock; `--device cpu` for the real model on any machine."""
-    executor, device, pace = (options.changes.get(name) for name in ("executor", "device", "hardware"))
-    if executor == "simulated" and device:
-        raise InputError(f"device {device!r}: the virtual clock has none; leave --device out, or take --executor torch")
-    if pace and (executor == "torch" or device):
-        raise InputError(f"hardware {pace!r}: a real device keeps its own pace; leave --hardware out, or --executor")
-    if executor == "simulated" or pace:
-        return options.apply(VIRTUAL)
-    free = _free_gpu_bytes() if device != "cpu" else 0
-    if (device or "").startswith("cuda") or free >= GPU_BYTES:
+    base = options.where(VIRTUAL, GPU, LAPTOP)
+    changes = options.changes
+    if changes.get("device") or changes.get("hardware") or changes.get("executor") == "simulated":
+        return options.apply(base)
+    free = _free_gpu_bytes()
+    if free >= GPU_BYTES:
         return options.apply(GPU)
     if free:
         print(f"the GPU has {free / 1e9:.0f} GB free and OPT-13B's shape takes {GPU_BYTES / 1e9:.0f}: not used")
-    if executor == "torch" or device:
-        return options.apply(LAPTOP)
-    return options.apply(VIRTUAL)
+    return options.apply(base)
 
 
 def _free_gpu_bytes() -> int:

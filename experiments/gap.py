@@ -33,7 +33,8 @@ from matplotlib.patches import Patch
 
 from experiments import fragmentation
 from lab.core import InputError
-from lab.harness import Claim, Options
+from lab.harness import Claim
+from lab.options import Options
 from lab.plot import CATEGORIES
 from lab.plot.style import BLUE, FONT, INK, entitle, seeds_of
 from lab.record import Record

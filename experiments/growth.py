@@ -29,8 +29,9 @@ from matplotlib.figure import Figure
 
 from experiments.fragmentation import window
 from lab.core import InputError
-from lab.harness import Claim, Options
+from lab.harness import Claim
 from lab.latency import during
+from lab.options import Options
 from lab.plot.style import FONT, GREY, entitle, seeds_of, style
 from lab.record import Record
 from lab.run import Run
@@ -60,7 +61,7 @@ def runs(options: Options) -> list[Run]:
     changes = options.changes
     if changes.get("arrivals") == "trace":
         raise InputError("arrivals 'trace': its rate is its own; take poisson, gamma or all, for batches of every size")
-    base = _base(changes)
+    base = options.where(VIRTUAL, GPU, LAPTOP)
     if options.quick:
         base = replace(base, duration_s=40.0) if base.simulated else replace(base, count=8)
     at_once = (base.arrivals == "all" and "rate" not in changes) or changes.get("arrivals") == "all"
@@ -278,16 +279,3 @@ def _lines(axes: Axes, rows: pd.DataFrame) -> None:
         axes.axhline(height, color=GREY, linewidth=0.8, linestyle="--", zorder=0)
         at = (0.99, height + 0.1)
         axes.annotate(text, at, xycoords=("axes fraction", "data"), ha="right", fontsize=7.5, color=GREY)
-
-
-def _base(changes: Mapping[str, Any]) -> Run:
-    """On the virtual clock unless torch or a device is asked for."""
-    device = changes.get("device")
-    if changes.get("executor", "torch" if device else "simulated") == "simulated":
-        if device:
-            raise InputError(f"device {device!r}: the virtual clock has none; leave it out, or take --executor torch")
-        return VIRTUAL
-    if changes.get("hardware"):
-        rule = "a real device keeps its own pace; leave --hardware out, or --executor"
-        raise InputError(f"hardware {changes['hardware']!r}: {rule}")
-    return GPU if str(device).startswith("cuda") else LAPTOP

@@ -28,7 +28,8 @@ from matplotlib.figure import Figure
 
 from lab import plot
 from lab.core import InputError
-from lab.harness import Claim, Options
+from lab.harness import Claim
+from lab.options import Options
 from lab.record import Record, describe
 from lab.run import Run
 from lab.shapes import ModelShape, shape

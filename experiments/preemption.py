@@ -30,11 +30,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.blocksize import CPU, GPU, VIRTUAL, Load, distinct, load_name, loads_of, machine, sizes_of
+from experiments.blocksize import CPU, GPU, VIRTUAL, Load, distinct, load_name, loads_of, sizes_of
 from lab import latency, metrics
 from lab.allocators import moves
 from lab.core import Group, Plan, Request, SamplingParams
-from lab.harness import Claim, Options
+from lab.harness import Claim
+from lab.options import Options
 from lab.plot.style import FONT, GREY, entitle, seeds_of, style
 from lab.record import Record, describe
 from lab.run import Run, executor_of, real
@@ -65,7 +66,7 @@ CPU_LOADS = (Load("sharegpt", None, None, 24, "all"),)
 
 
 def runs(options: Options) -> list[Run]:
-    base = machine(options, VIRTUAL, CPU, GPU)
+    base = options.where(VIRTUAL, GPU, CPU)
     if base.simulated:
         known: tuple[Load, ...] = QUICK_LOADS if options.quick else VIRTUAL_LOADS
     else:
@@ -102,7 +103,7 @@ def row(run: Run, record: Record) -> dict[str, Any]:
 
 def measure(options: Options, places: Mapping[Run, Path]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """(a): a row per block size, seed and way, in milliseconds."""
-    base = options.apply(machine(options, VIRTUAL, CPU, GPU))
+    base = options.apply(options.where(VIRTUAL, GPU, CPU))
     warm, timed = (1, 2) if options.quick else (WARM, TIMED)
     rows = []
     for block in sizes_of(options, QUICK_BLOCKS if options.quick else BLOCKS):

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 
 from lab import latency, metrics, plot
 from lab.core import InputError
-from lab.harness import Claim, Options
+from lab.harness import Claim
+from lab.options import Options
 from lab.record import Record
 from lab.run import Run
 

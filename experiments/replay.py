@@ -28,8 +28,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lab import latency, metrics, plot
-from lab.core import InputError
-from lab.harness import Claim, Options
+from lab.harness import Claim
+from lab.options import Options
 from lab.plot.style import FONT, INK, entitle, seeds_of
 from lab.record import Record
 from lab.run import Run, requests_of
@@ -74,12 +74,7 @@ def runs(options: Options) -> list[Run]:
 
 def _base(options: Options) -> Run:
     """The machine, the trace, and its times where it has them."""
-    executor, device = (options.changes.get(name) for name in ("executor", "device"))
-    if device and executor == "simulated":
-        raise InputError(f"device {device!r}: the virtual clock has none; leave --device out, or take --executor torch")
-    base = BASE
-    if executor == "torch" or device:
-        base = replace(base, **(GPU if str(device).startswith("cuda") else LAPTOP))
+    base = options.where(BASE, replace(BASE, **GPU), replace(BASE, **LAPTOP))
     workload = options.changes.get("workload", BUILT_IN)
     if has_times(workload):
         return replace(base, workload=workload, arrivals="trace", rate=None)

@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from experiments import fragmentation
 from lab import latency, metrics, plot
 from lab.core import InputError
-from lab.harness import Claim, Options
+from lab.harness import Claim
+from lab.options import Options
 from lab.record import Record
 from lab.run import Run
 from lab.systems import label
@@ -46,13 +47,13 @@ def runs(options: Options) -> list[Run]:
     for name in ("n", "beams"):
         if name in options.changes:
             raise InputError(f"{name} {options.changes[name]}: this experiment varies it itself; leave --{name} out")
-    device = options.changes.get("device")
-    base = replace(Run() if device is None else LAPTOP if device == "cpu" else fragmentation.GPU, preemption="swap")
-    widths = WIDTHS[:2] if options.quick or device == "cpu" else WIDTHS
+    where = options.where(Run(), fragmentation.GPU, LAPTOP)
+    base = replace(where, preemption="swap")
+    widths = WIDTHS[:2] if options.quick or where is LAPTOP else WIDTHS
     loads = [replace(base, workload=w, rate=RATES[w], duration_s=DURATION_S[w]) for w in RATES]
-    if device or "workload" in options.changes:
+    if not base.simulated or "workload" in options.changes:
         loads = [base]
-    if options.quick and not device:
+    if options.quick and base.simulated:
         loads = [replace(loads[0], duration_s=30.0, rate=(loads[0].rate or 4.0) / 2)]
     modes: list[dict[str, Any]] = [{"n": k, "beams": k * searching} for searching in (0, 1) for k in widths]
     points = [replace(load, **mode) for load in loads for mode in modes]
@@ -63,7 +64,7 @@ def runs(options: Options) -> list[Run]:
         for run in options.variants(replace(point, seed=seed), SYSTEMS)
         if options.seeds or seed < SEEDS or run.allocator == "paged"
     ]
-    return [r for r in found if r.allocator.startswith("paged")] if device == "cpu" and not options.systems else found
+    return [r for r in found if r.allocator.startswith("paged")] if where is LAPTOP and not options.systems else found
 
 
 def _seeds(point: Run, quick: bool) -> range:

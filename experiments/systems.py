@@ -34,7 +34,8 @@ from matplotlib.figure import Figure
 
 from lab import latency, metrics
 from lab.core import InputError
-from lab.harness import Claim, Options
+from lab.harness import Claim
+from lab.options import Options
 from lab.plot import CATEGORIES, style
 from lab.plot.style import FONT, INK, entitle, seeds_of
 from lab.record import Record
@@ -72,7 +73,7 @@ SHOWN = (  # load, column, title, decimal places
 
 
 def runs(options: Options) -> list[Run]:
-    base = _base(options)
+    base = options.where(VIRTUAL, GPU, LAPTOP)
     options.apply(base)  # complains of a rate for what comes at once
     closed = replace(options, changes={key: value for key, value in options.changes.items() if key not in TIMED})
     loads = [(closed, replace(base, **AT_ONCE))]
@@ -270,17 +271,6 @@ def _clients(axes: Axes, asked: pd.DataFrame, saturated: pd.DataFrame) -> None:
     axes.set_ylabel("output tokens/s, saturated")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-
-
-def _base(options: Options) -> Run:
-    executor, device, pace = (options.changes.get(name) for name in ("executor", "device", "hardware"))
-    if device and executor == "simulated":
-        raise InputError(f"device {device!r}: the virtual clock has none; leave --device out, or take --executor torch")
-    if pace and (device or executor == "torch"):
-        raise InputError(f"hardware {pace!r}: a real device keeps its own pace; leave --hardware out, or --executor")
-    if (device or "").startswith("cuda"):
-        return GPU
-    return LAPTOP if device or executor == "torch" else VIRTUAL
 
 
 def _few(load: Run, quick: bool) -> dict[str, Any]:

@@ -91,20 +91,20 @@ class Beams(Group):
         for c in going:
             stay.setdefault(c.rank, c)
         dropped = iter([s for rank, s in enumerate(parents) if rank not in stay])
-        tokens: dict[Sequence, list[int]] = {}
+        homes = []
         for i, c in enumerate(going):
-            home = parents[c.rank]
-            if alike:
-                home = parents[i]
-            elif stay[c.rank] is not c:
+            parent = parents[c.rank]
+            home = parents[i] if alike else parent
+            if not alike and stay[c.rank] is not c:
                 home = next(dropped)
-                self.forks.append((parents[c.rank], home))
-            tokens[home] = [*parents[c.rank].tokens, c.token]
-        self.live = list(tokens)
+                home.tokens = list(parent.tokens)
+                self.forks.append((parent, home))
+            homes.append(home)
+        for home, c in zip(homes, going, strict=True):
+            home.tokens.append(c.token)
+        self.live = homes
         self.scores = [c.score for c in going]
-        for s, text in tokens.items():
-            s.tokens = text
-        return {s: [Sampled(c.token, c.logprob)] for s, c in zip(self.live, going, strict=True)}
+        return {s: [Sampled(c.token, c.logprob)] for s, c in zip(homes, going, strict=True)}
 
     def _last(self, drawn: Mapping[Sequence, Sampled]) -> dict[Sequence, list[Sampled]]:
         """Every sequence ends with its own best token: its tokens stay those that its memory was computed for."""

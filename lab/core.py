@@ -132,9 +132,8 @@ class Group:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.forks: list[
-            tuple[Sequence, Sequence]
-        ] = []  # due before the next step: (parent, who takes over its tokens)
+        # due before the next step: (parent, who takes over its tokens)
+        self.forks: list[tuple[Sequence, Sequence]] = []
         self.live = [Sequence(self, i, list(request.prompt)) for i in range(request.sampling.width)]
         self.ended: list[Sequence] = []
         self.preemptions = 0

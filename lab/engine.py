@@ -153,9 +153,9 @@ class Engine:
             for s, tokens in plan.work.items():
                 s.computed += tokens
             sampled = self.executor.collect()
-        done = self._append(sampled)
+        done, searching = self._append(sampled)
         self._record(start_s, plan, sampled)
-        for group in {s.group: None for s in sampled if s.group.forks}:
+        for group in searching:
             for _, dropped in group.forks:
                 dropped.computed = 0  # what its memory holds is not of its tokens any more
         if done:
@@ -195,13 +195,15 @@ class Engine:
             )
         self.executor.wait(until_s)
 
-    def _append(self, sampled: dict[Sequence, list[Sampled]]) -> list[tuple[Sequence, str]]:
-        """Append what was sampled; returns the sequences that have ended, each with the reason."""
+    def _append(self, sampled: dict[Sequence, list[Sampled]]) -> tuple[list[tuple[Sequence, str]], list[Beams]]:
+        """Append what was sampled; returns the sequences that have ended, each with the reason, and the searches."""
         done = []
+        searching: dict[Group, None] = {}
         limit = self.scheduler.limits.length
         for s, samples in sampled.items():
             request = s.group.request
             if request.sampling.beams:
+                searching[s.group] = None
                 continue
             for sample in samples:
                 s.tokens.append(sample.token)
@@ -216,10 +218,10 @@ class Engine:
                 elif outputs >= request.sampling.max_tokens or len(s.tokens) >= limit:
                     done.append((s, "length"))
                     break
-        for group in {s.group: None for s in sampled if s.group.together}:
-            assert isinstance(group, Beams)
+        beams = [group for group in searching if isinstance(group, Beams)]
+        for group in beams:
             done += self._advance(group, sampled)
-        return done
+        return done, beams
 
     def _advance(self, group: Beams, sampled: dict[Sequence, list[Sampled]]) -> list[tuple[Sequence, str]]:
         """A step of a beam search, whose candidates become what was sampled; all its beams end together."""

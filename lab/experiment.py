@@ -19,7 +19,8 @@ from lab.allocators import ALLOCATORS
 from lab.check import check
 from lab.core import InputError, Registry, unknown
 from lab.hardware import HARDWARE
-from lab.harness import Experiment, Options, make_room, perform
+from lab.harness import Experiment, make_room, perform
+from lab.options import Options
 from lab.run import EXECUTORS, Run
 from lab.schedulers import PREEMPTION, SCHEDULERS
 from lab.shapes import SHAPES

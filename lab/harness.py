@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import Array, active_children
 from pathlib import Path
@@ -25,9 +23,10 @@ from tqdm import tqdm
 
 from lab import plot
 from lab.core import InputError
+from lab.options import Options
 from lab.record import Record
 from lab.run import Progress, Run, blame, carry_out
-from lab.systems import label, system
+from lab.systems import label
 
 HEADER = "header.json"  # beside every result, as in every record
 RECORD_BYTES = 16 << 20  # room to be had for each record before any work
@@ -40,46 +39,6 @@ class Claim(NamedTuple):
     text: str
     holds: bool | None
     seen: str
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line asks for; None leaves a setting to the experiment."""
-
-    changes: Mapping[str, Any]  # fields of Run
-    allocators: list[str] | None
-    schedulers: list[str] | None
-    systems: list[str] | None
-    seeds: list[int] | None
-    quick: bool
-    out: Path
-    rates: list[float] | None = None  # requests/s, ascending: of an experiment that looks for the one a system sustains
-    thresholds: list[float] | None = None  # seconds per token up to which a rate counts as sustained
-
-    def apply(self, run: Run) -> Run:
-        """The run with these changes. A rate spreads out what would come at once; a trace has its own times."""
-        changes = dict(self.changes)
-        if "rate" in changes and changes.get("arrivals") == "all":
-            raise InputError(
-                f"rate {changes['rate']}: requests that come all at once have none; leave one of the two out"
-            )
-        if "rate" in changes and run.arrivals == "all":
-            changes.setdefault("arrivals", "poisson")
-        if changes.get("arrivals") == "trace":
-            changes.setdefault("rate", None)
-        return Run(**{**asdict(run), **changes})
-
-    def variants(self, run: Run, systems: Iterable[str]) -> list[Run]:
-        """The run under each policy that is compared: --allocator x --scheduler, or --system, or else `systems`.
-
-        What a system fixes wins over the run's own setting, and what was typed wins over both.
-        """
-        if self.allocators or self.schedulers:
-            pairs = itertools.product(self.allocators or [run.allocator], self.schedulers or [run.scheduler])
-            named: list[Mapping[str, Any]] = [{"allocator": a, "scheduler": s} for a, s in pairs]
-        else:
-            named = [system(name).settings for name in self.systems or systems]
-        return [self.apply(replace(run, **settings)) for settings in named]
 
 
 class Experiment(Protocol):

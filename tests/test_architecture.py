@@ -58,12 +58,31 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"lab.sources", "lab.workloads"},
     "lab.check": POLICIES
     | {"lab.engine", "lab.executors.simulated", "lab.hardware", "lab.run", "lab.shapes", "lab.workloads"},
-    "lab.harness": {"lab.core", "lab.plot", "lab.record", "lab.run", "lab.metrics", "lab.latency", "lab.systems"},
+    "lab.options": {"lab.core", "lab.run", "lab.systems"},
+    "lab.harness": {
+        "lab.options",
+        "lab.core",
+        "lab.plot",
+        "lab.record",
+        "lab.run",
+        "lab.metrics",
+        "lab.latency",
+        "lab.systems",
+    },
     "experiments": POLICIES
     | {"lab.executors.simulated", "lab.hardware", "lab.shapes", "lab.workloads", "lab.record", "lab.run", "lab.harness"}
-    | {"lab.latency", "lab.metrics", "lab.plot", "lab.systems", "lab.check", "kernels"},
+    | {"lab.latency", "lab.metrics", "lab.plot", "lab.systems", "lab.check", "lab.options", "kernels"},
     "lab.experiment": POLICIES
-    | {"lab.check", "lab.harness", "lab.hardware", "lab.run", "lab.shapes", "lab.systems", "lab.workloads"}
+    | {
+        "lab.check",
+        "lab.harness",
+        "lab.options",
+        "lab.hardware",
+        "lab.run",
+        "lab.shapes",
+        "lab.systems",
+        "lab.workloads",
+    }
     | {"experiments"},
 }
 # Policies, and what of the rest must work where torch is not installed.

@@ -12,7 +12,7 @@ from lab.core import InputError, Request
 from lab.engine import Engine
 from lab.executors.simulated import SimulatedExecutor
 from lab.hardware import hardware
-from lab.harness import Options
+from lab.options import Options
 from lab.record import Record, Recorder
 from lab.run import Run, carry_out, pool_of, requests_of, scheduler_of
 from lab.shapes import shape

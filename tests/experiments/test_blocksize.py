@@ -12,7 +12,7 @@ import pytest
 from experiments import blocksize
 from lab.core import InputError
 from lab.experiment import main
-from lab.harness import Options
+from lab.options import Options
 
 OPTIONS = Options({}, None, None, None, None, False, Path("out"))
 SEATED = {1: 4.0, 16: 4.0, 32: 4.1, 64: 4.2, 128: 4.5, 256: 6.2}  # s per token

@@ -17,7 +17,7 @@ from experiments import capacity
 from experiments._knees import drain, knee, ratio, sustained
 from lab.core import InputError
 from lab.experiment import main
-from lab.harness import Options
+from lab.options import Options
 from lab.record import Record
 from lab.run import Run, carry_out
 from lab.systems import system

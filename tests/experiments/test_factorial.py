@@ -13,8 +13,9 @@ import pytest
 from experiments import factorial
 from lab.core import InputError
 from lab.experiment import main
-from lab.harness import Claim, Options
+from lab.harness import Claim
 from lab.metrics import CATEGORIES
+from lab.options import Options
 
 STATIC, CAPPED, FIRST_FIT = "static", "static, 8 at most", "contiguous-oracle-firstfit"
 SEEDS = {0: 1.0, 1: 1.1, 2: 0.95}  # the seed's own factor, the same for all pairs

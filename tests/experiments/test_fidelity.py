@@ -15,7 +15,8 @@ from experiments import fidelity
 from lab import latency
 from lab.core import InputError
 from lab.experiment import main
-from lab.harness import Options, perform
+from lab.harness import perform
+from lab.options import Options
 from lab.run import Run
 
 KNOWN = fidelity.Machine(

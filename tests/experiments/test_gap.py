@@ -13,8 +13,9 @@ import pytest
 from experiments import gap
 from lab.core import InputError
 from lab.experiment import main
-from lab.harness import Claim, Options
+from lab.harness import Claim
 from lab.metrics import CATEGORIES
+from lab.options import Options
 
 SYSTEMS = dict(zip(gap.CHAIN, ("orca-oracle", "contiguous-oracle-firstfit", "paged-oracle", "vllm"), strict=True))
 STORED = dict(zip(gap.CHAIN, (38.0, 50.0, 59.0, 96.0), strict=True))

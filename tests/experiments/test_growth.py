@@ -14,8 +14,8 @@ import pytest
 from experiments import growth
 from lab.core import InputError
 from lab.experiment import main
-from lab.harness import Options
 from lab.metrics import categories
+from lab.options import Options
 from lab.run import Run, carry_out
 from lab.systems import system
 

@@ -14,7 +14,7 @@ import pytest
 from experiments import indirection
 from lab.core import InputError
 from lab.experiment import main
-from lab.harness import Options
+from lab.options import Options
 
 OPTIONS = Options({}, None, None, None, None, True, Path("out"))
 POINTS = [(batch, context) for batch in (8, 32) for context in (64, 256, 1024)]

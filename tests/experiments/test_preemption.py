@@ -15,8 +15,8 @@ from experiments import preemption
 from lab.core import InputError, Move
 from lab.executors.cache import KVCache
 from lab.experiment import main
-from lab.harness import Options
 from lab.models import KVShape
+from lab.options import Options
 from lab.run import Run
 
 OPTIONS = Options({}, None, None, None, None, False, Path("out"))

@@ -10,7 +10,7 @@ import pytest
 from experiments import prefix
 from lab.core import InputError
 from lab.experiment import main
-from lab.harness import Options
+from lab.options import Options
 
 
 def options(**changes: object) -> Options:

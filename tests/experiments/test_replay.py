@@ -14,8 +14,8 @@ from experiments import replay
 from lab.check import check
 from lab.core import InputError
 from lab.experiment import main
-from lab.harness import Options
 from lab.metrics import CATEGORIES
+from lab.options import Options
 from lab.run import Run, carry_out
 
 LENGTHS = [(20, 5), (300, 40), (1999, 49), (7, 1), (90, 12), (90, 30)]  # the third reaches 2048

@@ -11,7 +11,7 @@ from experiments import sharing
 from lab import metrics
 from lab.core import InputError
 from lab.experiment import main
-from lab.harness import Options
+from lab.options import Options
 from lab.run import Run, carry_out
 
 

@@ -13,7 +13,7 @@ import pytest
 from experiments import systems
 from lab.core import InputError
 from lab.experiment import main
-from lab.harness import Options
+from lab.options import Options
 from lab.plot import CATEGORIES
 from lab.systems import SYSTEMS
 
