@@ -32,7 +32,7 @@ from lab.shapes import shape
 SHARES = ("stored", "reserved", "excess", "rounding", "free")
 RATES = ("output_tokens_per_s", "normalised_s", "ttft_s", "tpot_s")
 POINTS = 1.0
-MOVES = "h200"  # the machine whose prices Moves are charged at: the fit leaves steps with Moves out
+MOVES = "h100-80gb"  # the machine whose prices Moves are charged at: the fit leaves steps with Moves out
 SHAPES = dict.fromkeys(("smollm2", "smollm2-135m-instruct", "random"), "smollm2-135m")
 
 

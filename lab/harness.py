@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import Array, active_children
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -24,13 +19,13 @@ from tqdm import tqdm
 from lab import plot
 from lab.core import InputError
 from lab.options import Options
+from lab.processes import POLL_S, in_processes
 from lab.record import Record
-from lab.run import Progress, Run, blame, carry_out
+from lab.run import Run, blame, carry_out, real
 from lab.systems import label
 
 HEADER = "header.json"  # beside every result, as in every record
 RECORD_BYTES = 16 << 20  # room to be had for each record before any work
-POLL_S = 0.2
 
 
 class Claim(NamedTuple):
@@ -96,9 +91,15 @@ def make_room(results: Path, records: int = 0) -> None:
 
 
 def carry_out_all(places: Mapping[Run, Path]) -> None:
-    """Simulated runs in as many processes as there are cores, real ones one after the other in this process."""
+    """Simulated runs in as many processes as there are cores; real ones one after the other, here or on each GPU."""
     simulated = {run: place for run, place in places.items() if run.simulated}
-    real = {run: place for run, place in places.items() if not run.simulated}
+    spread = {run: place for run, place in places.items() if not run.simulated and run.device == "cuda"}
+    gpus = real().gpus() if spread else []
+    if len(gpus) > 1 and len(spread) > 1:
+        real().release()  # what the checks have loaded
+    else:
+        spread = {}
+    one_by_one = {run: place for run, place in places.items() if not run.simulated and run not in spread}
     if not places:
         return
     for place in places.values():
@@ -107,13 +108,16 @@ def carry_out_all(places: Mapping[Run, Path]) -> None:
     layout = "{desc} {percentage:3.0f}% |{bar}| {n:.1f} of {total} runs [{elapsed}<{remaining}]"
     try:
         with tqdm(total=len(places), bar_format=layout, mininterval=POLL_S, disable=None) as bar:
-            for i, (run, place) in enumerate(real.items()):
+            for i, (run, place) in enumerate(one_by_one.items()):
                 bar.set_description_str(run.allocator)
                 carry_out(run, place, partial(_show, bar, i))
                 _announce(bar, run)
+            if spread:
+                bar.set_description_str(f"{len(gpus)} GPUs")
+                in_processes(spread, partial(_show, bar, len(one_by_one)), partial(_announce, bar), gpus)
             if simulated:
                 bar.set_description_str("virtual clock")
-                _in_processes(simulated, partial(_show, bar, len(real)), partial(_announce, bar))
+                in_processes(simulated, partial(_show, bar, len(one_by_one) + len(spread)), partial(_announce, bar))
     except BaseException:
         for place in places.values():
             for half_written in place.parent.glob(f".{place.name}.*"):
@@ -217,54 +221,3 @@ def _announce(bar: Any, run: Run) -> None:
     if bar.disable:
         rate = f", {run.rate:g} requests/s" if run.rate else ""
         print(f"done: {label(run)}, {run.workload}{rate}, seed {run.seed}", file=sys.stderr, flush=True)
-
-
-def _in_processes(places: Mapping[Run, Path], tell: Progress, finished: Callable[[Run], None]) -> None:
-    shares = Array("d", len(places) + 1, lock=False)  # of each run that is done; behind them: is it all over
-    workers = ProcessPoolExecutor(min(os.cpu_count() or 1, len(places)), initializer=_share, initargs=(shares,))
-    try:
-        todo = {workers.submit(_one, i, run, place): run for i, (run, place) in enumerate(places.items())}
-        while todo:
-            for future in wait(todo, POLL_S, FIRST_COMPLETED).done:
-                future.result()
-                finished(todo.pop(future))
-            tell(sum(shares[:-1]))
-    except BrokenProcessPool:
-        raise InputError(
-            "a process was killed in the midst of its run: free some memory and go on, finished runs are kept"
-        ) from None
-    except BaseException:
-        shares[-1] = 1.0
-        for worker in active_children():
-            os.kill(worker.pid or 0, signal.SIGINT)  # even out of a policy's endless loop
-        raise
-    finally:
-        workers.shutdown(wait=True, cancel_futures=True)
-
-
-def _share(shares: Any) -> None:
-    global _shares
-    _shares = shares
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _one(i: int, run: Run, place: Path) -> None:
-    def tell(share: float) -> None:
-        _shares[i] = share
-
-    if _shares[-1]:
-        raise KeyboardInterrupt
-    signal.signal(signal.SIGINT, _interrupt)
-    carry_out(run, place, tell)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _shares[i] = 1.0
-
-
-def _interrupt(*_: object) -> None:
-    """In the midst of a run: it cleans up after itself, undisturbed by a second signal."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
-_shares: Any = None  # of a worker process, seen by the parent

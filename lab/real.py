@@ -5,6 +5,8 @@ Imported only when a run asks for torch.
 
 from __future__ import annotations
 
+import gc
+import os
 import platform
 from collections.abc import Callable
 from functools import lru_cache
@@ -18,12 +20,19 @@ from lab.models import LanguageModel
 from lab.models.loading import check_device, load, load_tokenizer
 from lab.pool import PoolSize, pool_size
 
-__all__ = ["TorchExecutor", "device_name", "encoder", "free_gpu_bytes", "model", "pool"]
+__all__ = ["TorchExecutor", "device_name", "encoder", "free_gpu_bytes", "gpus", "model", "pool", "release"]
 
 
 @lru_cache(maxsize=1)
 def model(name: str, device: str, dtype: str) -> LanguageModel:
     return load(name, device=device, dtype=getattr(torch, dtype))
+
+
+def release() -> None:
+    """Give back the memory of the model, which whoever asks next loads again."""
+    model.cache_clear()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 @lru_cache(maxsize=1)
@@ -57,3 +66,10 @@ def device_name(device: str) -> str:
 def free_gpu_bytes() -> int:
     """Free memory of the first GPU; 0 without one."""
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+
+
+def gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls the GPUs that this process sees."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return visible.split(",")[:count] if visible else [str(i) for i in range(count)]

@@ -31,9 +31,9 @@ import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = re.compile(r"(<!-- (claims|table|figure)(?:: (.+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
-KINDS = {"simulated": "simulated", "cpu": "measured on a CPU", "h200": "measured on a GPU"}  # folder: head of a column
-WHERE = {"cpu": " --device cpu", "h200": " --device cuda"}
-USUAL = ["simulated", "h200"]
+KINDS = {"simulated": "simulated", "cpu": "measured on a CPU", "h100": "measured on a GPU"}  # folder: head of a column
+WHERE = {"cpu": " --device cpu", "h100": " --device cuda"}
+USUAL = ["simulated", "h100"]
 LONGEST = 40  # characters before a colon that name what a claim is of
 NOT_RUN, NOT_ASKED = "not run yet", "–"
 

@@ -59,8 +59,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lab.check": POLICIES
     | {"lab.engine", "lab.executors.simulated", "lab.hardware", "lab.run", "lab.shapes", "lab.workloads"},
     "lab.options": {"lab.core", "lab.run", "lab.systems"},
+    "lab.processes": {"lab.core", "lab.run"},
     "lab.harness": {
         "lab.options",
+        "lab.processes",
         "lab.core",
         "lab.plot",
         "lab.record",

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import lab.harness
+import lab.processes
 from experiments import fragmentation
 from lab.allocators import Idle
 from lab.allocators.paged import Paged
@@ -37,7 +38,7 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
 
     def call(*arguments: str) -> str:
         with monkeypatch.context() as patch:
-            for module in (lab.harness, fragmentation):
+            for module in (lab.harness, lab.processes, fragmentation):
                 patch.setattr(module, "carry_out", lambda *_: pytest.fail("it began to work"))
             status = main(["fragmentation", *arguments])
         out, err = capsys.readouterr()
@@ -313,7 +314,7 @@ def test_a_disk_that_fills_up_under_the_table(
 def test_a_worker_that_is_killed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lab.harness, "carry_out", lambda *_: __import__("os")._exit(9))
+    monkeypatch.setattr(lab.processes, "carry_out", lambda *_: __import__("os")._exit(9))
     assert small(tmp_path, "--allocator", "paged") == 2
     assert "error: a process was killed in the midst of its run: free some memory" in capsys.readouterr().err
 

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-import lab.harness
+import lab.processes
 from experiments import fragmentation
 from lab.experiment import main, names
 from lab.record import Record
@@ -237,7 +237,7 @@ def test_finished_runs_are_found_again(
     assert command("--allocator", "paged,paged-max") == 0
     first = rows(tmp_path)
     shutil.rmtree(tmp_path / "fragmentation")
-    monkeypatch.setattr(lab.harness, "carry_out", forbidden)
+    monkeypatch.setattr(lab.processes, "carry_out", forbidden)
     start = time.perf_counter()
     assert command("--allocator", "paged,paged-max") == 0
     assert time.perf_counter() - start < 5, "redrawing takes about a second on a fast core"
@@ -275,12 +275,12 @@ def test_an_interrupted_command_goes_on(
 ) -> None:
     three = ("--allocator", "paged,paged-max,paged-pow2")
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    monkeypatch.setattr(lab.harness, "carry_out", interrupted("paged-max", "paged-pow2"))
+    monkeypatch.setattr(lab.processes, "carry_out", interrupted("paged-max", "paged-pow2"))
     assert command(*three) == 130
     assert "finished runs are kept" in capsys.readouterr().err
     kept = list((tmp_path / "runs").iterdir())
     assert [Record.load(path).header["run"]["allocator"] for path in kept] == ["paged"], "and no temporary folder"
-    monkeypatch.setattr(lab.harness, "carry_out", interrupted("paged"))  # which must not be run again
+    monkeypatch.setattr(lab.processes, "carry_out", interrupted("paged"))  # which must not be run again
     assert command(*three) == 0
     assert "1 of 3 runs are there already" in capsys.readouterr().out
 
@@ -371,3 +371,46 @@ def test_a_file_in_the_folder_registers_itself(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert list(rows(tmp_path / "results")["allocator"]) == ["half"]
+
+
+def test_with_several_gpus_each_process_sees_one(tmp_path: Path) -> None:
+    """The processes start afresh: they find plug-ins by import path, and each other's runs are not theirs."""
+    text = """
+        import os
+        from pathlib import Path
+        from lab.allocators.paged import Paged
+
+        class Telling(Paged):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                with open(Path(__file__).with_name("seen.txt"), "a") as file:
+                    file.write(os.environ["CUDA_VISIBLE_DEVICES"] + chr(10))
+    """
+    (tmp_path / "telling.py").write_text(textwrap.dedent(text))
+    main_text = """
+        from pathlib import Path
+        from lab.processes import in_processes
+        from lab.run import Run
+
+        if __name__ == "__main__":
+            runs = [Run(allocator="telling:Telling", duration_s=20, seed=seed) for seed in range(4)]
+            places = {run: Path("runs") / str(run.seed) for run in runs}
+            done, shares = [], []
+            in_processes(places, shares.append, done.append, gpus=["3", "5"])
+            assert sorted(run.seed for run in done) == [0, 1, 2, 3]
+            assert max(shares) > 3
+    """
+    (tmp_path / "spread.py").write_text(textwrap.dedent(main_text))
+    done = subprocess.run(
+        [sys.executable, "spread.py"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert set((tmp_path / "seen.txt").read_text().split()) == {"3", "5"}
+    for seed in range(4):
+        alone = carry_out(Run(duration_s=20, seed=seed), None).record()
+        assert Record.load(tmp_path / "runs" / str(seed)).steps.equals(alone.steps)

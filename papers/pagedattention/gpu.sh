@@ -9,8 +9,8 @@
 #   an experiment by its name (OPT-13B's shape, random weights, 12 GiB pool): fragmentation, clock, indirection, preemption,
 #   blocksize, factorial, capacity, growth, gap, systems, fidelity
 #
-# Results lie in results/gpu and, packed with what was printed, in FOLDER; from there
-# papers/pagedattention/reproduce.sh --keep h200 results/gpu takes them into the pages.
+# With several GPUs each carries out runs of its own. Results lie in results/gpu and, packed after every part with what was
+# printed, in FOLDER; from there papers/pagedattention/reproduce.sh --keep h100 results/gpu takes them into the pages.
 set -uo pipefail
 out=${1:?give a folder for the results}
 shift
@@ -42,6 +42,7 @@ for part in "$@"; do
     *) timeout --kill-after=30 "${SECONDS_FOR_A_PART:-540}" \
       python3 -m lab.experiment "$part" ${options[$part]:-} --out "$results" 2>&1 ;;
   esac | tee "$out/$part.txt" || { status=$?; echo "part $part ended with status $status" | tee -a "$out/$part.txt"; }
+  rm -f "$out"/results.tgz.*
+  tar -czf - -C "$results" . | split -b 15M - "$out/results.tgz." # cat results.tgz.* | tar -xz, to go on elsewhere
 done
-tar -czf "$out/results.tgz" -C "$results" .
 exit "$status"

@@ -1,0 +1,79 @@
+"""Runs in processes of their own: on the virtual clock as many as there are cores, on GPUs one for each GPU."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import Array, active_children, get_context
+from pathlib import Path
+from typing import Any
+
+from lab.core import InputError
+from lab.run import Progress, Run, carry_out
+
+POLL_S = 0.2
+
+
+def in_processes(
+    places: Mapping[Run, Path], tell: Progress, finished: Callable[[Run], None], gpus: Seq[str] = ()
+) -> None:
+    """Carry out each run into its place. `gpus`, as CUDA_VISIBLE_DEVICES calls them, are a process's only one each."""
+    shares = Array("d", len(places) + 1, lock=False)  # of each run that is done; behind them: is it all over
+    context = get_context("spawn" if gpus else None)  # CUDA, once in use, does not survive a fork
+    free = context.SimpleQueue()
+    for gpu in gpus:
+        free.put(gpu)
+    most = min(len(gpus) or os.cpu_count() or 1, len(places))
+    workers = ProcessPoolExecutor(most, context, initializer=_begin, initargs=(shares, free if gpus else None))
+    try:
+        todo = {workers.submit(_one, i, run, place): run for i, (run, place) in enumerate(places.items())}
+        while todo:
+            for future in wait(todo, POLL_S, FIRST_COMPLETED).done:
+                future.result()
+                finished(todo.pop(future))
+            tell(sum(shares[:-1]))
+    except BrokenProcessPool:
+        raise InputError(
+            "a process was killed in the midst of its run: free some memory and go on, finished runs are kept"
+        ) from None
+    except BaseException:
+        shares[-1] = 1.0
+        for worker in active_children():
+            os.kill(worker.pid or 0, signal.SIGINT)  # even out of a policy's endless loop
+        raise
+    finally:
+        workers.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin(shares: Any, free: Any) -> None:
+    global _shares
+    _shares = shares
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if free is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = free.get()
+
+
+def _one(i: int, run: Run, place: Path) -> None:
+    def tell(share: float) -> None:
+        _shares[i] = share
+
+    if _shares[-1]:
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGINT, _interrupt)
+    carry_out(run, place, tell)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _shares[i] = 1.0
+
+
+def _interrupt(*_: object) -> None:
+    """In the midst of a run: it cleans up after itself, undisturbed by a second signal."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+_shares: Any = None  # of a worker process, seen by the parent
