@@ -296,6 +296,7 @@ def test_a_signal_ends_it_at_once(kill: signal.Signals, tmp_path: Path) -> None:
         text=True,
         cwd=ROOT,
         env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,  # nohup has it ignored
     )
     runs = tmp_path / "runs"
     until = time.monotonic() + 30

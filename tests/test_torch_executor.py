@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lab.core import Group, InputError, Move, Plan, Request, SamplingParams, Sequence
-from lab.executors.batch import build
+from lab.executors.batch import lay_out
 from lab.executors.cache import HOST_SLAB, BlockMove, KVCache, free_bytes, independent, split
 from lab.executors.torch import TorchExecutor, compile_counter
-from lab.models import KVShape
+from lab.models import KVShape, LanguageModel
+from lab.models.decoder import Decoder
 from lab.models.packed import PackedModel, implementation
 
 torch.set_num_threads(1)
@@ -47,9 +48,16 @@ def theirs() -> Any:
     return model_of("eager")
 
 
-@pytest.fixture(scope="module")
-def model(theirs: Any) -> PackedModel:
-    return PackedModel(model_of(implementation(theirs.config)), "tiny")
+@pytest.fixture(scope="module", params=["modules", "fused", "replayed"])
+def model(theirs: Any, request: pytest.FixtureRequest) -> LanguageModel:
+    """transformers' modules; our decoder; our decoder in steps that are prepared once, as on a GPU."""
+    if request.param == "modules":
+        return PackedModel(model_of(implementation(theirs.config)), "tiny")
+    return Decoder(model_of("eager"), request.param)
+
+
+def executor_for(model: LanguageModel, tokens: int, poison: bool = False) -> TorchExecutor:
+    return TorchExecutor(model, tokens, BLOCK, poison=poison, replays=model.name == "replayed")
 
 
 # -- moves ------------------------------------------------------------------------------------------------------------
@@ -195,9 +203,9 @@ def test_a_rectangle() -> None:
     """The picture in lab/executors/batch.py, and an ended row that is in no work."""
     a, b, ended = sequence([11, 12, 13, 14]), sequence([1, 2, 3, 4, 5, 6], computed=5), sequence([9] * 7, computed=6)
     tables = {a: [3], b: [7, 2], ended: [4, 5]}
-    batch = build(Plan({a: 3, b: 1}, padding={b: (2, 4), ended: (3, 5)}), tables, BLOCK, CPU)
-    assert batch is not None
-    packed, ragged = batch.packed, batch.packed.ragged
+    rows = lay_out(Plan({a: 3, b: 1}, padding={b: (2, 4), ended: (3, 5)}), tables, BLOCK)
+    packed = rows.on(CPU)
+    ragged = packed.ragged
     assert packed.token_ids.tolist() == [11, 12, 13, 6] + [0] * 5
     assert packed.positions.tolist() == [0, 1, 2, 5] + [0] * 5
     assert packed.slots.tolist() == [12, 13, 14, 2 * BLOCK + 1] + [-1] * 5
@@ -206,23 +214,21 @@ def test_a_rectangle() -> None:
     assert ragged.lengths.tolist() == [3, 6, 6, 6]
     assert ragged.dead.tolist() == [0, 4, 4, 5]
     assert ragged.paged
-    assert batch.sampled == (b,)
+    assert rows.sampled == [b]
     assert packed.sampled.tolist() == [3]
 
 
 def test_extents_need_no_table() -> None:
     a, b = sequence([1, 2, 3]), sequence([4, 5])
-    batch = build(Plan({a: 3, b: 2}), {a: range(2, 4), b: range(7, 8)}, BLOCK, CPU)
-    mixed = build(Plan({a: 3, b: 2}), {a: range(2, 4), b: [7]}, BLOCK, CPU)
-    assert batch is not None
-    assert mixed is not None
-    assert not batch.packed.ragged.paged
-    assert mixed.packed.ragged.paged
-    assert batch.packed.slots.tolist() == mixed.packed.slots.tolist() == [8, 9, 10, 28, 29]
+    batch = lay_out(Plan({a: 3, b: 2}), {a: range(2, 4), b: range(7, 8)}, BLOCK).on(CPU)
+    mixed = lay_out(Plan({a: 3, b: 2}), {a: range(2, 4), b: [7]}, BLOCK).on(CPU)
+    assert not batch.ragged.paged
+    assert mixed.ragged.paged
+    assert batch.slots.tolist() == mixed.slots.tolist() == [8, 9, 10, 28, 29]
 
 
 def test_a_plan_without_work() -> None:
-    assert build(Plan(), {}, BLOCK, CPU) is None
+    assert not lay_out(Plan(), {}, BLOCK).rows
 
 
 # -- texts ------------------------------------------------------------------------------------------------------------
@@ -251,9 +257,9 @@ def generate(theirs: Any, prompt: list[int], tokens: int) -> list[int]:
     return theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
 
 
-def run(model: PackedModel, cap: int, later: int, padded: bool = False, **sampling: Any) -> list[list[int]]:
+def run(model: LanguageModel, cap: int, later: int, padded: bool = False, **sampling: Any) -> list[list[int]]:
     """Twelve tokens for each prompt, at most `cap` a step, each prompt starting `later` steps after the one before."""
-    executor = TorchExecutor(model, 24 * BLOCK, BLOCK, poison=True)
+    executor = executor_for(model, 24 * BLOCK, poison=True)
     sequences = [sequence(prompt, i, **sampling) for i, prompt in enumerate(prompts())]
     tables = tables_for(sequences)
     steps = 0
@@ -267,19 +273,19 @@ def run(model: PackedModel, cap: int, later: int, padded: bool = False, **sampli
 
 
 @pytest.mark.parametrize(("cap", "later", "padded"), [(100, 0, False), (100, 3, True), (2, 1, False), (1, 2, True)])
-def test_greedy_text_is_that_of_generate(model: PackedModel, theirs: Any, cap: int, later: int, padded: bool) -> None:
+def test_greedy_text_is_that_of_generate(model: LanguageModel, theirs: Any, cap: int, later: int, padded: bool) -> None:
     assert run(model, cap, later, padded) == [generate(theirs, prompt, 12) for prompt in prompts()]
 
 
-def test_sampled_text_is_the_same_in_any_company(model: PackedModel) -> None:
+def test_sampled_text_is_the_same_in_any_company(model: LanguageModel) -> None:
     settings: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 0.95, "seed": 11}
     first = run(model, 100, 0, **settings)
     assert run(model, 2, 5, True, **settings) == first
     assert run(model, 100, 0, **settings | {"seed": 12}) != first
 
 
-def test_text_survives_copies_and_a_stay_in_host_memory(model: PackedModel, theirs: Any) -> None:
-    executor = TorchExecutor(model, 24 * BLOCK, BLOCK, poison=True)
+def test_text_survives_copies_and_a_stay_in_host_memory(model: LanguageModel, theirs: Any) -> None:
+    executor = executor_for(model, 24 * BLOCK, poison=True)
     s = sequence(prompts()[2])
     other = sequence([1] * 20, 1)
     tables: dict[Sequence, Seq[int]] = {s: [5, 6, 7, 8], other: [9, 10, 11, 12, 13]}
@@ -296,9 +302,9 @@ def test_text_survives_copies_and_a_stay_in_host_memory(model: PackedModel, thei
     assert s.tokens == generate(theirs, prompts()[2], 7)
 
 
-def test_two_steps_in_flight(model: PackedModel, theirs: Any) -> None:
+def test_two_steps_in_flight(model: LanguageModel, theirs: Any) -> None:
     """The second is launched before the first's tokens are known; they stand as -1."""
-    executor = TorchExecutor(model, 24 * BLOCK, BLOCK, poison=True)
+    executor = executor_for(model, 24 * BLOCK, poison=True)
     sequences = [sequence(prompt, i) for i, prompt in enumerate(prompts())]
     tables = tables_for(sequences)
     work = {s: s.pending for s in sequences}
@@ -315,8 +321,8 @@ def test_two_steps_in_flight(model: PackedModel, theirs: Any) -> None:
     assert [s.tokens for s in sequences] == [generate(theirs, prompt, 6) for prompt in prompts()]
 
 
-def test_tables_are_read_at_launch_only(model: PackedModel) -> None:
-    executor = TorchExecutor(model, 24 * BLOCK, BLOCK, poison=True)
+def test_tables_are_read_at_launch_only(model: LanguageModel) -> None:
+    executor = executor_for(model, 24 * BLOCK, poison=True)
     s = sequence(prompts()[0])
     tables: dict[Sequence, Seq[int]] = {s: [3, 4]}
     executor.launch(Plan({s: 5}), tables)
@@ -324,8 +330,8 @@ def test_tables_are_read_at_launch_only(model: PackedModel) -> None:
     assert list(executor.collect()) == [s]
 
 
-def test_logprobs_are_those_of_the_model(model: PackedModel, theirs: Any) -> None:
-    executor = TorchExecutor(model, 24 * BLOCK, BLOCK)
+def test_logprobs_are_those_of_the_model(model: LanguageModel, theirs: Any) -> None:
+    executor = executor_for(model, 24 * BLOCK)
     s, other = sequence(prompts()[0], logprobs=3, temperature=0.7), sequence(prompts()[1], 1, logprobs=1)
     executor.launch(Plan({s: 5, other: 3}), {s: [1, 2], other: [3]})
     (sampled,), (of_other,) = executor.collect().values()
@@ -338,8 +344,8 @@ def test_logprobs_are_those_of_the_model(model: PackedModel, theirs: Any) -> Non
     assert [logprob for _, logprob in sampled.top] == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
-def test_steps_that_sample_nothing(model: PackedModel) -> None:
-    executor = TorchExecutor(model, 24 * BLOCK, BLOCK)
+def test_steps_that_sample_nothing(model: LanguageModel) -> None:
+    executor = executor_for(model, 24 * BLOCK)
     s = sequence(prompts()[0])
     executor.launch(Plan({s: 2}), {s: [1, 2]})
     executor.launch(Plan(moves=[Move("out", 1, 0, 2)]), {})
@@ -350,8 +356,8 @@ def test_steps_that_sample_nothing(model: PackedModel) -> None:
 # -- the executor itself ----------------------------------------------------------------------------------------------
 
 
-def test_memory_and_compilations(model: PackedModel) -> None:
-    executor = TorchExecutor(model, 50, BLOCK)
+def test_memory_and_compilations(model: LanguageModel) -> None:
+    executor = executor_for(model, 50)
     assert executor.memory == (model.weight_bytes, 12 * BLOCK * model.kv.bytes_per_token(4), None)
     assert not executor.compiled
 
@@ -374,8 +380,8 @@ class Event:
         self.stream = stream
 
 
-def test_a_step_is_awaited_on_its_own_device(model: PackedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    executor = TorchExecutor(model, 50, BLOCK)
+def test_a_step_is_awaited_on_its_own_device(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = executor_for(model, 50)
     executor.device = torch.device("cuda:1")
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
@@ -383,9 +389,9 @@ def test_a_step_is_awaited_on_its_own_device(model: PackedModel, monkeypatch: py
 
 
 @pytest.mark.parametrize(("tokens", "rule"), [(3, "smaller than one block of 4"), (2**50, "more than cpu has free")])
-def test_pools_that_cannot_be(model: PackedModel, tokens: int, rule: str) -> None:
+def test_pools_that_cannot_be(model: LanguageModel, tokens: int, rule: str) -> None:
     with pytest.raises(InputError, match=rule):
-        TorchExecutor(model, tokens, BLOCK)
+        executor_for(model, tokens)
 
 
 def timed(call: Callable[[], None]) -> float:
@@ -394,8 +400,8 @@ def timed(call: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def test_waiting(model: PackedModel) -> None:
-    executor = TorchExecutor(model, 50, BLOCK)
+def test_waiting(model: LanguageModel) -> None:
+    executor = executor_for(model, 50)
     assert timed(lambda: executor.wait(executor.now + 0.05)) >= 0.05
     assert timed(lambda: executor.wait(0.0)) < 0.05
     alarm = threading.Timer(0.05, executor.wake)
@@ -406,8 +412,8 @@ def test_waiting(model: PackedModel) -> None:
     assert timed(lambda: executor.wait(executor.now + 0.05)) >= 0.05  # one wake ends one wait
 
 
-def test_the_clock_starts_again(model: PackedModel) -> None:
-    executor = TorchExecutor(model, 50, BLOCK)
+def test_the_clock_starts_again(model: LanguageModel) -> None:
+    executor = executor_for(model, 50)
     executor.wait(0.02)
     before = executor.now
     executor.reset_clock()

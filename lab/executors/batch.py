@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,20 +25,13 @@ NOWHERE = -1  # slot of a token whose K and V are not kept
 UNKNOWN = -1  # token id that the step before this one, still running, will give
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Batch:
-    packed: Packed
-    sampled: tuple[Sequence, ...]  # whose next token is drawn, in the order of packed.sampled
-    unknown: tuple[tuple[int, Sequence], ...]  # places in token_ids to be filled from the step before
-
-
 def slots_of(table: Seq[int], first: int, end: int, block: int) -> list[int]:
     """Where positions [first, end) of a sequence lie."""
     return [table[p // block] * block + p % block for p in range(first, end)]
 
 
-class _Builder:
-    """Lists that grow row by row; tensors are made of them once."""
+class Rows:
+    """The step's rows as lists, which grow row by row; tensors are made of them once."""
 
     def __init__(self, block: int) -> None:
         self.block = block
@@ -48,8 +40,8 @@ class _Builder:
         self.slots: list[int] = []
         self.rows: list[Row] = []
         self.last: list[int] = []  # token of the batch, for each sampled sequence
-        self.sampled: list[Sequence] = []
-        self.unknown: list[tuple[int, Sequence]] = []
+        self.sampled: list[Sequence] = []  # whose next token is drawn
+        self.unknown: list[tuple[int, Sequence]] = []  # places in token_ids to be filled from the step before
 
     def live(self, s: Sequence, tokens: int, dead: int, table: Seq[int]) -> None:
         first, end = s.computed, s.computed + tokens
@@ -70,28 +62,30 @@ class _Builder:
         self.slots += [NOWHERE] * tokens
         self.rows.append(Row(tokens, length, length, dead, table))
 
+    @property
+    def paged(self) -> bool:
+        """Memory is addressed without a table where every sequence holds one extent (its table is a `range`)."""
+        return not all(isinstance(row.table, range) for row in self.rows)
 
-def build(plan: Plan, tables: Mapping[Sequence, Seq[int]], block: int, device: torch.device) -> Batch | None:
-    """The step's batch, on `device`; None where the plan has no work. Tables are read here and never again.
+    def on(self, device: torch.device) -> Packed:
+        token_ids, positions, slots, last = _upload([self.token_ids, self.positions, self.slots, self.last], device)
+        return Packed(token_ids, positions, slots, last, Ragged.build(self.rows, self.block, self.paged, device))
 
-    Memory is addressed without a table where every sequence of the step holds one extent (its table is a `range`).
-    """
-    made = _Builder(block)
+
+def lay_out(plan: Plan, tables: Mapping[Sequence, Seq[int]], block: int) -> Rows:
+    """The rows of a step, none where the plan has no work. Tables are read here and never again."""
+    made = Rows(block)
     for s, tokens in plan.work.items():
         made.live(s, tokens, plan.padding.get(s, (0, 0))[1], tables[s])
     if not made.rows:
-        return None
+        return made
     for s, (tokens, positions) in plan.padding.items():
         length = s.computed + plan.work.get(s, 0)
         if tokens and length:
             made.dead(tokens, length, positions, tables[s])
         elif tokens:  # holds nothing yet: one position of any memory stands for the first
             made.dead(tokens, 1, max(positions - 1, 0), made.rows[0].table)
-    paged = not all(isinstance(row.table, range) for row in made.rows)
-    columns = [made.token_ids, made.positions, made.slots, made.last]
-    token_ids, positions_, slots, last = _upload(columns, device)
-    ragged = Ragged.build(made.rows, block, paged, device)
-    return Batch(Packed(token_ids, positions_, slots, last, ragged), tuple(made.sampled), tuple(made.unknown))
+    return made
 
 
 def _upload(columns: list[list[int]], device: torch.device) -> list[Tensor]:

@@ -10,6 +10,7 @@ whole row and the inverse of the cumulated distribution, each of its steps, one 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from hashlib import blake2b
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import kernels
 from kernels.upload import upload
 from lab.core import SamplingParams, Sequence
 
@@ -58,8 +60,19 @@ def noise_key(seed: int, request: int, output: int, position: int) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
+def plain(draws: Iterable[Draw]) -> bool:
+    """Does one pass over the logits answer all that is asked?"""
+    return not any(draw.alternatives or draw.params.top_k or draw.params.top_p < 1 for draw in draws)
+
+
 def sample(logits: Tensor, draws: Seq[Draw]) -> Drawn:
-    """One token for each row of logits float32 [S, V]."""
+    """One token for each row of logits [S, V]."""
+    if plain(draws):
+        temperature = upload(torch.tensor([draw.params.temperature for draw in draws]), logits.device)
+        keys = upload(torch.tensor([draw.key for draw in draws]), logits.device)
+        tokens, chosen = kernels.for_device(logits.device).sample(logits, temperature, keys)
+        return Drawn(tokens, chosen, tokens.new_empty(len(draws), 0), chosen.new_empty(len(draws), 0))
+    logits = logits.float()
     logprobs = logits.log_softmax(-1)
     tokens = logits.argmax(-1)
     noisy = [i for i, draw in enumerate(draws) if draw.params.temperature]

@@ -15,10 +15,14 @@ from torch import Tensor
 
 from kernels.upload import upload
 from lab.core import InputError, Plan, Sampled, Sequence
-from lab.executors.batch import Batch, build
+from lab.executors.batch import Rows, lay_out
 from lab.executors.cache import KVCache
+from lab.executors.replay import Replay
 from lab.executors.sampling import Drawn, draw_of, sample
 from lab.models import LanguageModel
+
+
+MOST_ROWS = 2**14  # sequences in one step
 
 
 class MemorySplit(NamedTuple):
@@ -32,18 +36,28 @@ class MemorySplit(NamedTuple):
 class Flight(NamedTuple):
     """A step that was launched and not yet collected."""
 
-    sequences: tuple[Sequence, ...]
-    drawn: Drawn | None  # on the device
-    host: tuple[Tensor, ...]  # the same, or its copy under way to host memory
-    alternatives: tuple[int, ...]  # that each sequence asked for
-    arrived: torch.cuda.Event | None
+    sequences: tuple[Sequence, ...] = ()
+    host: tuple[Tensor, ...] = ()  # what was drawn, or its copy under way to host memory
+    alternatives: tuple[int, ...] = ()  # that each sequence asked for
+    arrived: torch.cuda.Event | None = None
 
 
 class TorchExecutor:
     """Implements `lab.executors.Executor`. Owns the pool of K and V, whose blocks the allocator's tables name."""
 
-    def __init__(self, model: LanguageModel, pool_tokens: int, block: int = 16, *, poison: bool = False) -> None:
-        """A pool of `pool_tokens` tokens, less what fills no block. `poison` fills it with NaN (see KVCache)."""
+    def __init__(
+        self,
+        model: LanguageModel,
+        pool_tokens: int,
+        block: int = 16,
+        *,
+        poison: bool = False,
+        replays: bool | None = None,
+    ) -> None:
+        """A pool of `pool_tokens` tokens, less what fills no block. `poison` fills it with NaN (see KVCache).
+
+        `replays`: are steps of decodes prepared once and replayed; None: where it pays, on a GPU, if the model can.
+        """
         if pool_tokens < block:
             rule = f"smaller than one block of {block}"
             raise InputError(f"a pool of {pool_tokens} tokens is {rule}: enlarge it or take smaller blocks")
@@ -60,7 +74,10 @@ class TorchExecutor:
         self.compiled = False  # was a kernel compiled in the step launched last
         self._compiler = compile_counter() if self.device.type == "cuda" else None
         self._flights: deque[Flight] = deque()
-        self._last: Flight | None = None
+        self._last = Flight()
+        self._drawn = torch.zeros(MOST_ROWS, dtype=torch.int64, device=self.device)  # the last step's tokens
+        replays = self.device.type == "cuda" and model.capturable if replays is None else replays
+        self._replay = Replay(model, self.cache, self._drawn) if replays else None
         self._woken = threading.Event()
         self._base = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
         self.reset_clock()
@@ -78,12 +95,12 @@ class TorchExecutor:
 
     def launch(self, plan: Plan, tables: Mapping[Sequence, Seq[int]]) -> None:
         """Queue a step. Tables are read here only. A token id of -1 stands for what the step before will draw."""
-        compilations = self._compiler.count if self._compiler else 0
+        before = self._prepared
         self.cache.perform(plan.moves)
-        batch = build(plan, tables, self.block, self.device)
-        self._last = Flight((), None, (), (), None) if batch is None else self._run(batch)
+        rows = lay_out(plan, tables, self.block)
+        self._last = self._run(rows) if rows.rows else Flight()
         self._flights.append(self._last)
-        self.compiled = self._compiler is not None and self._compiler.count > compilations
+        self.compiled = self._prepared > before
 
     def collect(self) -> dict[Sequence, list[Sampled]]:
         """Sampled tokens of the oldest launch; waits for it."""
@@ -117,26 +134,32 @@ class TorchExecutor:
             activations = torch.cuda.max_memory_allocated(self.device) - self._base
         return MemorySplit(self.model.weight_bytes, self.cache.nbytes, activations)
 
-    @torch.inference_mode()
-    def _run(self, batch: Batch) -> Flight:
-        if batch.unknown:
-            self._fill(batch)
-        logits = self.model.logits(batch.packed, self.cache.k, self.cache.v)  # [S, V]
-        if not batch.sampled:
-            return Flight((), None, (), (), self._mark())
-        draws = [draw_of(s, len(self.model.eos)) for s in batch.sampled]
-        drawn = sample(logits, draws)
-        host = tuple(column.to("cpu", non_blocking=True) for column in drawn)
-        return Flight(batch.sampled, drawn, host, tuple(draw.alternatives for draw in draws), self._mark())
+    @property
+    def _prepared(self) -> int:
+        """Kernels that were compiled, and steps that were captured, so far."""
+        compiled = self._compiler.count if self._compiler else 0
+        return compiled + (self._replay.captured if self._replay else 0)
 
-    def _fill(self, batch: Batch) -> None:
-        """Token ids that the step before drew, taken where they lie."""
-        assert self._last is not None, "no step before this one gives its unknown tokens"
-        assert self._last.drawn is not None, "the step before this one sampled nothing"
-        row = {s: i for i, s in enumerate(self._last.sequences)}
-        places = upload(torch.tensor([place for place, _ in batch.unknown]), self.device)
-        rows = upload(torch.tensor([row[s] for _, s in batch.unknown]), self.device)
-        batch.packed.token_ids[places] = self._last.drawn.tokens[rows]
+    @torch.inference_mode()
+    def _run(self, rows: Rows) -> Flight:
+        before = {s: i for i, s in enumerate(self._last.sequences)} if rows.unknown else {}
+        assert all(s in before for _, s in rows.unknown), "unknown tokens are those that the step before draws"
+        if self._replay is not None and self._replay.takes(rows):
+            drawn, draws = self._replay.run(rows, before)
+        else:
+            batch = rows.on(self.device)
+            if rows.unknown:
+                places = upload(torch.tensor([place for place, _ in rows.unknown]), self.device)
+                sources = upload(torch.tensor([before[s] for _, s in rows.unknown]), self.device)
+                batch.token_ids[places] = self._drawn[sources]
+            logits = self.model.logits(batch, self.cache.k, self.cache.v)  # [S, V]
+            draws = [draw_of(s, len(self.model.eos)) for s in rows.sampled]
+            if not draws:
+                return Flight(arrived=self._mark())
+            drawn = sample(logits, draws)
+            self._drawn[: len(draws)].copy_(drawn.tokens)
+        host = tuple(column.to("cpu", non_blocking=True) for column in drawn)
+        return Flight(tuple(rows.sampled), host, tuple(draw.alternatives for draw in draws), self._mark())
 
     def _mark(self) -> torch.cuda.Event | None:
         if self.device.type != "cuda":

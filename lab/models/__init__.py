@@ -1,8 +1,8 @@
 """Models, as the executor sees them: they turn a packed batch into logits, and keep K and V in the pool they are given.
 
-A model is anything with the attributes and the one method of `LanguageModel`. `packed.py` makes one from transformers'
-own modules; an own decoder, fused for speed, would be a file beside it. Importing this package imports neither torch
-nor transformers.
+A model is anything with the attributes and the one method of `LanguageModel`. `decoder.py` is our own, fused for speed,
+for the families that its table has; `packed.py` makes one from transformers' own modules, for all others. Importing this
+package imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class LanguageModel(Protocol):
     dtype: torch.dtype
     device: torch.device
     weight_bytes: int
+    capturable: bool  # is a step launches alone, with nothing on the host between them: then it fits a CUDA graph
 
     def logits(self, batch: Packed, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
-        """Store K and V of every token in [layers, num_blocks, block, Hk, D]; return float32 logits [S, vocab_size]."""
+        """Store K and V of every token in [layers, num_blocks, block, Hk, D]; return logits [S, vocab_size]."""
         ...

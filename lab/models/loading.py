@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lab import shapes
 from lab.core import InputError, unknown
-from lab.models import DEFAULT, smollm2
+from lab.models import DEFAULT, LanguageModel, smollm2
 from lab.models.architectures import check_architecture
+from lab.models.decoder import Decoder, covers
 from lab.models.files import check_folder, first_line, tensor_names
 from lab.models.gguf import check_gguf, read_gguf
 from lab.models.hub import from_hub
@@ -55,9 +56,17 @@ def find(name: str) -> Source:
 
 
 def load(
-    name: str = DEFAULT, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, seed: int = 0
-) -> PackedModel:
-    """A model on `device`; `dtype` None is bfloat16 on a GPU, float32 on a CPU; `seed` is that of random weights."""
+    name: str = DEFAULT,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    fused: bool = True,
+) -> LanguageModel:
+    """A model on `device`; `dtype` None is bfloat16 on a GPU, float32 on a CPU; `seed` is that of random weights.
+
+    It is our own decoder where that covers the architecture, unless `fused` is False, else transformers' modules.
+    """
     device = check_device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     source = find(name)
@@ -70,7 +79,8 @@ def load(
     except torch.OutOfMemoryError as error:
         rule = f"its weights in {dtype} do not fit {device}"
         raise InputError(f"model {name!r}: {rule}: take a smaller model or dtype") from error
-    return PackedModel(module.to(device), name, _end_of_text(module, source))
+    make = Decoder if fused and covers(config) else PackedModel
+    return make(module.to(device), name, _end_of_text(module, source))
 
 
 def load_tokenizer(name: str = DEFAULT) -> Any:

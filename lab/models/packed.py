@@ -24,6 +24,8 @@ def implementation(config: Any) -> str:
 class PackedModel:
     """A `LanguageModel` out of a transformers module in evaluation mode, built with `implementation(config)`."""
 
+    capturable = False  # what its modules do on the host is theirs
+
     def __init__(self, module: Any, name: str, eos: tuple[int, ...] = ()) -> None:
         config = module.config
         check_architecture(config, name)

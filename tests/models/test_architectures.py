@@ -5,12 +5,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from tiny import ALTERNATING, VOCAB, ordinary_logits, pair, tiny_config
+from tiny import ALTERNATING, VOCAB, fused, ordinary_logits, pair, tiny_config
 
 from lab.core import Group, InputError, Plan, Request, Sequence
-from lab.executors.batch import build
+from lab.executors.batch import lay_out
 from lab.executors.cache import KVCache
+from lab.models import LanguageModel
 from lab.models.architectures import PROVEN, REFUSED, check_architecture
+from lab.models.decoder import FAMILIES, covers
 from lab.models.packed import PackedModel
 
 BLOCK = 4
@@ -25,11 +27,10 @@ class Pool(NamedTuple):
     cache: KVCache
     tables: dict[Sequence, Seq[int]]
 
-    def logits(self, model: PackedModel, plan: Plan) -> torch.Tensor:
+    def logits(self, model: LanguageModel, plan: Plan) -> torch.Tensor:
         """Of every token of the step, [T, V], not only of those that are sampled from."""
-        batch = build(plan, self.tables, BLOCK, model.device)
-        assert batch is not None
-        everything = batch.packed._replace(sampled=torch.arange(len(batch.packed.token_ids)))
+        batch = lay_out(plan, self.tables, BLOCK).on(model.device)
+        everything = batch._replace(sampled=torch.arange(len(batch.token_ids)))
         return model.logits(everything, self.cache.k, self.cache.v)
 
 
@@ -39,12 +40,12 @@ def sequences() -> list[Sequence]:
     return [Group(Request(i, 0.0, prompt)).live[0] for i, prompt in enumerate(prompts)]
 
 
-def pool(model: PackedModel, tables: Seq[Seq[int]], two: list[Sequence]) -> Pool:
+def pool(model: LanguageModel, tables: Seq[Seq[int]], two: list[Sequence]) -> Pool:
     cache = KVCache(model.kv, 16, BLOCK, dtype=model.dtype, device=model.device, poison=True)
     return Pool(cache, dict(zip(two, tables, strict=True)))
 
 
-def error(model: PackedModel, expected: list[torch.Tensor], tables: Seq[Seq[int]], padded: bool = False) -> float:
+def error(model: LanguageModel, expected: list[torch.Tensor], tables: Seq[Seq[int]], padded: bool = False) -> float:
     """Largest difference over all steps; `padded`: every step is a rectangle, and A's row goes on when it has ended."""
     two = sequences()
     memory = pool(model, tables, two)
@@ -113,6 +114,57 @@ def test_variants(kind: str, change: dict[str, object]) -> None:
     assert error(ours, expected, PAGED) < TOLERANCE
 
 
+SCALED = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        *((kind, {}) for kind in FAMILIES),
+        ("llama", {"num_key_value_heads": 1, "head_dim": 24}),
+        ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+        ("llama", {"rope_parameters": SCALED | {"original_max_position_embeddings": 32}}),
+        ("llama", {"rope_parameters": YARN}),
+        ("mistral", {"sliding_window": 1}),
+        ("mistral", {"sliding_window": None}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+        ("opt", {"enable_bias": False, "activation_function": "gelu"}),
+        ("opt", {"tie_word_embeddings": False}),
+    ],
+)
+def test_the_decoder_gives_transformers_logits(kind: str, change: dict[str, object]) -> None:
+    theirs, ours = fused(kind, **change)
+    expected = [ordinary_logits(theirs, s.tokens) for s in sequences()]
+    for tables in (PAGED, CONTIGUOUS):
+        for padded in (False, True):
+            assert error(ours, expected, tables, padded) < TOLERANCE
+
+
+def test_the_decoder_takes_the_weights_and_keeps_no_second_copy() -> None:
+    module = pair("qwen3")[1].module
+    weights = sum({p.data_ptr(): p.nbytes for p in module.parameters()}.values())
+    ours = fused("qwen3")[1]
+    assert ours.weight_bytes == weights
+    assert ours.kv == (2, 2, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("opt", {"do_layer_norm_before": False}),
+        ("opt", {"word_embed_proj_dim": 32}),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+        ("llama", {"hidden_act": "gelu"}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}}),
+        ("phi3", {}),
+    ],
+)
+def test_what_the_table_cannot_say_is_left_to_transformers_modules(kind: str, change: dict[str, object]) -> None:
+    assert not covers(tiny_config(kind, **change))
+
+
 def test_dead_rows_leave_the_pool_as_it_is() -> None:
     _, ours = pair("llama")
     two = sequences()
@@ -136,11 +188,11 @@ def test_the_wanted_rows_alone_go_through_the_head() -> None:
     _, ours = pair("llama")
     two = sequences()
     memory = pool(ours, PAGED, two)
-    batch = build(Plan({two[0]: 21, two[1]: 5}), memory.tables, BLOCK, ours.device)
-    assert batch is not None
-    assert batch.packed.sampled.tolist() == [20]  # B's prompt goes on
-    assert batch.sampled == (two[0],)
-    assert ours.logits(batch.packed, memory.cache.k, memory.cache.v).shape == (1, VOCAB)
+    rows = lay_out(Plan({two[0]: 21, two[1]: 5}), memory.tables, BLOCK)
+    assert rows.sampled == [two[0]]  # B's prompt goes on
+    batch = rows.on(ours.device)
+    assert batch.sampled.tolist() == [20]
+    assert ours.logits(batch, memory.cache.k, memory.cache.v).shape == (1, VOCAB)
 
 
 @pytest.mark.parametrize("kind", sorted(REFUSED))
