@@ -44,6 +44,9 @@ positions >= length: they see all keys of their row, their slot is -1, and nobod
     ops.store(k, v, k_cache, v_cache, slots)
     out = ops.attention(q, k_cache, v_cache, ragged, scale=head_dim**-0.5)
     ops.copy_blocks(cache, pairs)
+
+A decoder of our own makes few and fused calls around them, which `kernels.reference` specifies: ops.norm,
+ops.rotate_and_store (in place of store), ops.silu_and_mul, ops.sample.
 """
 
 import importlib
@@ -76,7 +79,7 @@ _adopt_hugging_face()
 
 
 def for_device(device: object) -> ModuleType:
-    """The module with `store`, `attention` and `copy_blocks` for a torch.device or its name ("cpu", "cuda:0")."""
+    """The module with the operations for a torch.device or its name ("cpu", "cuda:0")."""
     kind = str(device).partition(":")[0]
     if kind == "cpu":
         return importlib.import_module("kernels.reference")

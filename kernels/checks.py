@@ -92,6 +92,87 @@ def check_copy(cache: Tensor, pairs: Tensor) -> None:
         )
 
 
+def check_norm(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+    _check_rows("x", x)
+    _check_parts("x", x, x.shape[1:], weight=weight, bias=bias)
+    _check_parts("x", x, x.shape, residual=residual)
+
+
+def check_silu(gate_up: Tensor) -> None:
+    _check_rows("gate_up", gate_up)
+    if gate_up.shape[1] % 2:
+        raise ValueError(
+            f"gate_up {list(gate_up.shape)}: as many gates as values; pass [tokens, 2 * size], gates first"
+        )
+
+
+def check_rotate(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    rotation: Tensor | None,
+    positions: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> int:
+    """The number of query heads."""
+    _check_rows("qkv", qkv)
+    _check_caches(k_cache, v_cache)
+    _check_like("qkv", qkv, k_cache)
+    kv_heads, head_dim = k_cache.shape[2:]
+    if v_cache.shape[3] != head_dim or head_dim % 2:
+        raise ValueError(
+            f"head dims {head_dim}, {v_cache.shape[3]}: a head turns by halves, and qkv has heads of one size; "
+            f"pass caches of the same even head_dim"
+        )
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    if heads < 1 or qkv.shape[1] % head_dim:
+        raise ValueError(
+            f"qkv {list(qkv.shape)}: {kv_heads} heads of {head_dim} are its keys, as many its values; "
+            f"pass [tokens, (query heads + {2 * kv_heads}) * {head_dim}]"
+        )
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("only one of q_norm, k_norm is None: queries and keys are normed alike; pass both or neither")
+    _check_parts("qkv", qkv, k_cache.shape[3:], q_norm=q_norm, k_norm=k_norm)
+    _check_parts("qkv", qkv, qkv.shape[:1], torch.int64, positions=positions, slots=slots)
+    if rotation is not None:
+        _check_parts("qkv", qkv, (len(rotation), head_dim), torch.float32, rotation=rotation)
+    _check_same_device(k_cache.device, {"qkv": qkv, "v_cache": v_cache})
+    return heads
+
+
+def check_sample(logits: Tensor, temperature: Tensor, keys: Tensor) -> None:
+    _check_rows("logits", logits)
+    if not logits.shape[1]:
+        raise ValueError(f"logits {list(logits.shape)}: a token is drawn from at least one; pass [rows, vocabulary]")
+    _check_parts("logits", logits, logits.shape[:1], torch.float32, temperature=temperature)
+    _check_parts("logits", logits, logits.shape[:1], torch.int64, keys=keys)
+
+
+def _check_rows(name: str, x: Tensor) -> None:
+    if x.ndim != 2 or x.dtype not in DTYPES or x.stride(1) != 1:
+        raise ValueError(
+            f"{name} {x.dtype} {list(x.shape)}, strides {x.stride()}: rows of float32, float16 or bfloat16, dense in "
+            f"themselves; pass a matrix with stride 1 along its rows"
+        )
+
+
+def _check_parts(
+    name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None, **parts: Tensor | None
+) -> None:
+    """`parts` are what goes with x: where it is, of its type unless another is named."""
+    dtype = dtype or x.dtype
+    for part_name, part in parts.items():
+        if part is None:
+            continue
+        if part.shape != shape or part.dtype != dtype or part.device != x.device or not part.is_contiguous():
+            raise ValueError(
+                f"{part_name} {part.dtype} {list(part.shape)} on {part.device}: {name} {list(x.shape)} wants it "
+                f"contiguous, {dtype} {list(shape)} on {x.device}; convert it before the first step"
+            )
+
+
 def _check_same_device(device: torch.device, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.device != device:

@@ -1,6 +1,8 @@
-"""The three operations as Triton kernels, with the signatures and the meaning of `kernels.reference`."""
+"""Every operation as a Triton kernel, with the signature and the meaning of `kernels.reference`."""
 
 from kernels.attention import attention
 from kernels.cache import copy_blocks, store
+from kernels.layers import norm, rotate_and_store, silu_and_mul
+from kernels.sampling import sample
 
-__all__ = ["attention", "copy_blocks", "store"]
+__all__ = ["attention", "copy_blocks", "norm", "rotate_and_store", "sample", "silu_and_mul", "store"]

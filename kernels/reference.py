@@ -1,4 +1,4 @@
-"""The three operations in plain torch: the specification of the Triton kernels, and what runs on a CPU.
+"""Every operation in plain torch: the specification of the Triton kernels, and what runs on a CPU.
 
 Shapes: T tokens, R rows of one kind, N query tokens of each, L positions read, H query heads, Hk KV heads, G = H / Hk
 query heads per KV head, D head_dim, Dv head_dim_v. The layouts are drawn in `kernels/__init__.py`.
@@ -6,11 +6,17 @@ query heads per KV head, D head_dim, Dv head_dim_v. The layouts are drawn in `ke
 
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm, silu
 
-from kernels.checks import check_attention, check_copy, check_store
+from kernels.checks import check_attention, check_copy, check_norm, check_rotate, check_sample, check_silu, check_store
 from kernels.ragged import Ragged
 
 MAX_LOGITS = 2**26  # computed at a time: 256 MiB of float32
+
+# splitmix64 (Steele, Lea and Flood, 2014), as the signed numbers that torch has
+GAMMA = 0x9E3779B97F4A7C15 - 2**64
+MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+MIX_2 = 0x94D049BB133111EB - 2**64
 
 
 def store(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
@@ -123,3 +129,94 @@ def copy_blocks(cache: Tensor, pairs: Tensor) -> None:
     check_copy(cache, pairs)
     sources, targets = pairs.to(cache.device).unbind(1)
     cache[:, targets] = cache[:, sources]
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None) -> Tensor:
+    """RMSNorm of x [T, hidden], LayerNorm where there is a bias; x is first added to `residual`, where there is one.
+
+    The residual changes in place, and what is normalised is the rounded sum. Statistics are in float32.
+    """
+    check_norm(x, weight, bias, residual)
+    x = x if residual is None else residual.add_(x)
+    if bias is not None:
+        return layer_norm(x.float(), x.shape[1:], weight.float(), bias.float(), eps).to(x.dtype)
+    return _rms_norm(x, weight, eps)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Rounded before the weight and after it, as in transformers' Llama."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    rotation: Tensor | None,
+    positions: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> Tensor:
+    """Norm and rotary embedding of queries and keys, both optional; keys and values to their slots -> q [T, H, D].
+
+    qkv [T, (H + 2 Hk) * D] holds the heads of queries, then of keys, then of values. q_norm, k_norm [D] are weights of
+    an RMSNorm of each head (Qwen3). Row p of `rotation` float32 [positions, D] holds the cosines, then the sines of
+    position p: the halves (a, b) of a head become (a cos - b sin, b cos + a sin). positions, slots: int64 [T].
+    """
+    heads = check_rotate(qkv, q_norm, k_norm, rotation, positions, slots, k_cache, v_cache)
+    kv_heads, head_dim = k_cache.shape[2:]
+    q, k, v = qkv.unflatten(1, (-1, head_dim)).split([heads, kv_heads, kv_heads], 1)
+    if q_norm is not None and k_norm is not None:
+        q, k = _rms_norm(q, q_norm, eps), _rms_norm(k, k_norm, eps)
+    if rotation is not None:
+        cos, sin = rotation[positions, None].chunk(2, -1)  # [T, 1, D / 2]
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    store(k, v, k_cache, v_cache, slots)
+    return q.clone(memory_format=torch.contiguous_format)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of gate_up [T, 2 I], gates first -> [T, I]; in float32, rounded once."""
+    check_silu(gate_up)
+    gate, up = gate_up.float().chunk(2, -1)
+    return (silu(gate) * up).to(gate_up.dtype)
+
+
+def sample(logits: Tensor, temperature: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """A token for each row of logits [S, V] -> int64 [S], and its log-probability before temperature, float32 [S].
+
+    temperature float32 [S]; at 0 the likeliest token, the first of equals. Else the winner of a race: token i arrives
+    at E_i / p_i, and is first with probability p_i. E is `exponential` of keys int64 [S].
+    """
+    check_sample(logits, temperature, keys)
+    logits = logits.float()
+    tokens = logits.argmax(-1)
+    drawn = (temperature > 0).nonzero()[:, 0]
+    scaled = logits[drawn] - logits[drawn].amax(-1, keepdim=True)  # at most 0: dividing does not overflow
+    scaled /= temperature[drawn, None].clamp(min=torch.finfo(torch.float32).tiny)
+    tokens[drawn] = (scaled - exponential(keys[drawn], logits.shape[1]).log()).argmax(-1)
+    return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+
+
+def exponential(keys: Tensor, size: int) -> Tensor:
+    """Exponentially distributed noise float32 [S, size] from keys int64 [S]: a hash of (key, place)."""
+    counter = torch.arange(1, size + 1, device=keys.device)
+    state = keys[:, None] + counter * GAMMA
+    state = (state ^ _shift(state, 30)) * MIX_1
+    state = (state ^ _shift(state, 27)) * MIX_2
+    state = state ^ _shift(state, 31)
+    uniform = (_shift(state, 11).double() + 0.5) * 2.0**-53
+    return -torch.log1p(-uniform).float()
+
+
+def _shift(state: Tensor, bits: int) -> Tensor:
+    """Right shift of int64 as if unsigned."""
+    return (state >> bits) & ((1 << (64 - bits)) - 1)

@@ -19,13 +19,9 @@ import torch
 from torch import Tensor
 
 import kernels
+from kernels.reference import exponential
 from kernels.upload import upload
 from lab.core import SamplingParams, Sequence
-
-# splitmix64 (Steele, Lea and Flood, 2014), as the signed numbers that torch has
-GAMMA = 0x9E3779B97F4A7C15 - 2**64
-MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
-MIX_2 = 0x94D049BB133111EB - 2**64
 
 
 class Draw(NamedTuple):
@@ -68,8 +64,9 @@ def plain(draws: Iterable[Draw]) -> bool:
 def sample(logits: Tensor, draws: Seq[Draw]) -> Drawn:
     """One token for each row of logits [S, V]."""
     if plain(draws):
-        temperature = upload(torch.tensor([draw.params.temperature for draw in draws]), logits.device)
-        keys = upload(torch.tensor([draw.key for draw in draws]), logits.device)
+        temperature = torch.tensor([draw.params.temperature for draw in draws], dtype=torch.float32)
+        keys = torch.tensor([draw.key for draw in draws], dtype=torch.int64)
+        temperature, keys = upload(temperature, logits.device), upload(keys, logits.device)
         tokens, chosen = kernels.for_device(logits.device).sample(logits, temperature, keys)
         return Drawn(tokens, chosen, tokens.new_empty(len(draws), 0), chosen.new_empty(len(draws), 0))
     logits = logits.float()
@@ -109,19 +106,3 @@ def _keep_likely(logits: Tensor, draws: Seq[Draw]) -> Tensor:
     beyond |= (before >= top_p[:, None]) & (top_p < 1)[:, None]
     beyond[:, 0] = False
     return logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), float("-inf"))
-
-
-def exponential(keys: Tensor, size: int) -> Tensor:
-    """Exponentially distributed noise float32 [S, size] from keys int64 [S]: a hash of (key, place)."""
-    counter = torch.arange(1, size + 1, device=keys.device)
-    state = keys[:, None] + counter * GAMMA
-    state = (state ^ _shift(state, 30)) * MIX_1
-    state = (state ^ _shift(state, 27)) * MIX_2
-    state = state ^ _shift(state, 31)
-    uniform = (_shift(state, 11).double() + 0.5) * 2.0**-53
-    return -torch.log1p(-uniform).float()
-
-
-def _shift(state: Tensor, bits: int) -> Tensor:
-    """Right shift of int64 as if unsigned."""
-    return (state >> bits) & ((1 << (64 - bits)) - 1)
