@@ -50,7 +50,9 @@ def attention(
     out = q.new_zeros(*q.shape[:2], v_cache.shape[3])  # [T, H, Dv]
     starts, contexts = ragged.starts.long(), ragged.lengths + ragged.dead
     counts = starts.diff() * (contexts > 0)  # query tokens of each row that reads anything
-    for count in counts[counts > 0].unique().tolist():  # rows with as many queries are computed together, as long as the longest
+    for count in (
+        counts[counts > 0].unique().tolist()
+    ):  # rows with as many queries are computed together, as long as the longest
         alike = (counts == count).nonzero()[:, 0]
         logits_per_row = count * q.shape[1] * int(contexts[alike].max())
         for rows in alike.split(max(1, MAX_LOGITS // logits_per_row)):  # [R]

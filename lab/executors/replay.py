@@ -26,7 +26,9 @@ from lab.executors.sampling import Draw, Drawn, draw_of, plain, sample
 from lab.models import LanguageModel, Packed
 
 SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 16), *range(288, 513, 32))  # rows of a batch
-COLUMNS = 10  # token, position, slot, noise key, temperature, row of the step before; first, length, dead, longest first
+COLUMNS = (
+    10  # token, position, slot, noise key, temperature, row of the step before; first, length, dead, longest first
+)
 NOWHERE = -1
 ALIGNED = 4  # int32 entries: Triton compiles anew for a pointer that is aligned less
 
@@ -71,7 +73,7 @@ class Replay:
         """Is this a step of decodes alone, none of them to be left unsampled?"""
         count = len(rows.rows)
         live = len(rows.sampled)
-        return 0 < live and len(rows.token_ids) == count <= SIZES[-1] and rows.last == list(range(live))
+        return live > 0 and len(rows.token_ids) == count <= SIZES[-1] and rows.last == list(range(live))
 
     @torch.inference_mode()
     def run(self, rows: Rows, before: Mapping[Sequence, int]) -> tuple[Drawn, list[Draw]]:

@@ -18,9 +18,8 @@ from lab.core import InputError, Plan, Sampled, Sequence
 from lab.executors.batch import Rows, lay_out
 from lab.executors.cache import KVCache
 from lab.executors.replay import Replay
-from lab.executors.sampling import Drawn, draw_of, sample
+from lab.executors.sampling import draw_of, sample
 from lab.models import LanguageModel
-
 
 MOST_ROWS = 2**14  # sequences in one step
 

@@ -20,8 +20,9 @@ from kernels.ragged import Ragged
 from lab import shapes
 from lab.core import InputError
 from lab.executors.cache import KVCache
-from lab.models import Packed, smollm2
+from lab.models import LanguageModel, Packed, smollm2
 from lab.models.architectures import REFUSED
+from lab.models.decoder import Decoder
 from lab.models.loading import check_device, load, load_tokenizer
 from lab.models.packed import PackedModel
 
@@ -46,7 +47,7 @@ def sharded(theirs: Any, tmp_path: Path) -> Path:
     return tmp_path / "shards"
 
 
-def packed_logits(model: PackedModel) -> torch.Tensor:
+def packed_logits(model: LanguageModel) -> torch.Tensor:
     cache = KVCache(model.kv, 2, 4, dtype=model.dtype, device=model.device)
     slots = torch.arange(len(TOKENS))
     ragged = Ragged.build([(len(TOKENS), 0, len(TOKENS), 0, [0, 1])], 4, True, "cpu")
@@ -54,8 +55,17 @@ def packed_logits(model: PackedModel) -> torch.Tensor:
         return model.logits(Packed(torch.tensor(TOKENS), slots, slots, slots, ragged), cache.k, cache.v)
 
 
-def same(model: PackedModel, theirs: Any) -> None:
+def same(model: LanguageModel, theirs: Any) -> None:
     torch.testing.assert_close(packed_logits(model), ordinary_logits(theirs, TOKENS), atol=1e-5, rtol=0)
+
+
+def test_both_ways_to_compute_are_the_same_model(folder: Path) -> None:
+    fused, modules = load(str(folder)), load(str(folder), fused=False)
+    assert isinstance(fused, Decoder)
+    assert isinstance(modules, PackedModel)
+    torch.testing.assert_close(packed_logits(fused), packed_logits(modules), atol=1e-5, rtol=0)
+    assert (fused.kv, fused.eos, fused.vocab_size) == (modules.kv, modules.eos, modules.vocab_size)
+    assert fused.max_length == modules.max_length
 
 
 def test_folder_shards_and_file(theirs: Any, folder: Path, sharded: Path) -> None:
@@ -70,8 +80,9 @@ def test_folder_shards_and_file(theirs: Any, folder: Path, sharded: Path) -> Non
 
 
 def test_dtype(folder: Path) -> None:
-    model = load(str(folder), dtype=torch.bfloat16)
-    assert {p.dtype for p in model.module.parameters()} == {torch.bfloat16}
+    half, whole = (load(str(folder), dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert half.dtype == torch.bfloat16
+    assert 2 * half.weight_bytes == whole.weight_bytes
 
 
 def refused(name: object, *rules: str) -> None:
@@ -201,7 +212,7 @@ def test_random_weights() -> None:
     model = load("random")
     bytes_per_token = model.kv.bytes_per_token(2)
     assert bytes_per_token == shape.kv_bytes_per_token(2)
-    assert sum(p.numel() for p in model.module.parameters()) == shape.parameters
+    assert model.weight_bytes == 4 * shape.parameters
     assert model.eos == ()
     with pytest.raises(InputError, match="no tokenizer"):
         load_tokenizer("random")
@@ -222,7 +233,8 @@ def test_random_weights_are_those_of_the_seed(monkeypatch: pytest.MonkeyPatch) -
     )
     monkeypatch.setitem(shapes.SHAPES, "small", small)
     before = torch.random.get_rng_state()
-    first, again, other = (load("random:small", seed=seed).module.state_dict() for seed in (3, 3, 4))
+    modules = [load("random:small", seed=seed, fused=False) for seed in (3, 3, 4)]
+    first, again, other = (model.module.state_dict() for model in modules if isinstance(model, PackedModel))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
