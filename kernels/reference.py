@@ -43,16 +43,14 @@ def attention(
     """Causal attention of q [T, H, D] over each row's own context -> [T, H, Dv]; sums in float32.
 
     `window`: key j is seen by the query at p only if p - j < window. `softcap`: a logit s becomes softcap *
-    tanh(s / softcap). `sinks` [H]: one more logit per head in the softmax's sum. A query that sees no key gives 0, as all
-    do of a row of length 0, which fills up a batch.
+    tanh(s / softcap). `sinks` [H]: one more logit per head in the softmax's sum. A query that sees no key gives 0; so
+    do all of a row of length 0, which fills up a batch.
     """
     check_attention(q, k_cache, v_cache, ragged, window, softcap, sinks)
     out = q.new_zeros(*q.shape[:2], v_cache.shape[3])  # [T, H, Dv]
     starts, contexts = ragged.starts.long(), ragged.lengths + ragged.dead
     counts = starts.diff() * (contexts > 0)  # query tokens of each row that reads anything
-    for count in (
-        counts[counts > 0].unique().tolist()
-    ):  # rows with as many queries are computed together, as long as the longest
+    for count in counts[counts > 0].unique().tolist():  # rows with as many queries together, as long as the longest
         alike = (counts == count).nonzero()[:, 0]
         logits_per_row = count * q.shape[1] * int(contexts[alike].max())
         for rows in alike.split(max(1, MAX_LOGITS // logits_per_row)):  # [R]

@@ -22,7 +22,7 @@ MOST_LINES_OF_A_FUNCTION = 60
 #   allocators <- record <- metrics <- plot                        reads, never decides
 #   all of them <- run <- harness <- experiments <- experiment
 POLICIES = {"lab.core", "lab.allocators", "lab.schedulers"}
-TENSORS = {"lab.executors.batch", "lab.executors.cache", "lab.executors.sampling", "lab.executors.replay"}
+TENSORS = {"lab.executors.batch", "lab.executors.cache", "lab.executors.sampling"}
 MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
     "lab": set(),
@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lab.executors.batch": {"lab.core", "lab.models", "kernels"},
     "lab.executors.cache": {"lab.core", "lab.models", "kernels"},
     "lab.executors.replay": TENSORS | {"lab.core", "lab.models", "kernels"},
-    "lab.executors.torch": TENSORS | {"lab.core", "lab.models", "kernels"},
+    "lab.executors.torch": TENSORS | {"lab.executors.replay", "lab.core", "lab.models", "kernels"},
     "lab.models": {"lab.core", "lab.shapes", "kernels"},
     "lab.record": {"lab.core", "lab.allocators", "lab.tables"},
     "lab.latency": {"lab.core", "lab.record"},
