@@ -1,9 +1,9 @@
 """Steps in which every row computes one token: prepared once for each size of batch, then replayed.
 
 A step of decodes differs from the last only in numbers: tokens, positions, slots, lengths, block tables. They are
-written into buffers that stay where they are, in one copy, and the whole step (model, sampling, the tokens handed to
-the next step) is replayed behind it; on a GPU as a CUDA graph, whose hundreds of launches cost the host one. Batches are
-filled up to the next size with rows of length 0, which attend to nothing, store nowhere (slot -1), and are cut off.
+written into buffers that stay where they are, and the whole step (model, sampling, the tokens handed to the next step)
+is replayed behind them; on a GPU as a CUDA graph, whose hundreds of launches cost the host one. Batches are filled up
+to the next size with rows of length 0, which attend to nothing, store nowhere (slot -1), and are cut off.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +26,9 @@ from lab.executors.sampling import Draw, Drawn, draw_of, plain, sample
 from lab.models import LanguageModel, Packed
 
 SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 16), *range(288, 513, 32))  # rows of a batch
-COLUMNS = (
-    10  # token, position, slot, noise key, temperature, row of the step before; first, length, dead, longest first
-)
+# token, position, slot, noise key, temperature, row of the step before; then first, length, dead, rows longest first
+COLUMNS = 10
+
 NOWHERE = -1
 ALIGNED = 4  # int32 entries: Triton compiles anew for a pointer that is aligned less
 
@@ -66,7 +66,7 @@ class Replay:
         width = -(-min(model.max_length, cache.num_blocks * cache.block) // cache.block)
         self._tables = torch.zeros((SIZES[-1], width), dtype=torch.int32, device=model.device)
         self._steps: dict[Key, Step] = {}
-        self._pool: tuple[int, int] | None = None  # memory that all graphs share: only one runs at a time
+        self._pool: Any = None  # memory that all graphs share: only one runs at a time
         self._sample = kernels.for_device(model.device).sample
 
     def takes(self, rows: Rows) -> bool:

@@ -1,8 +1,8 @@
 """Models, as the executor sees them: they turn a packed batch into logits, and keep K and V in the pool they are given.
 
 A model is anything with the attributes and the one method of `LanguageModel`. `decoder.py` is our own, fused for speed,
-for the families that its table has; `packed.py` makes one from transformers' own modules, for all others. Importing this
-package imports neither torch nor transformers.
+for the families that its table has; `packed.py` makes one from transformers' own modules, for all others. Importing
+this package imports neither torch nor transformers.
 """
 
 from __future__ import annotations

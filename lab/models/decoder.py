@@ -144,7 +144,7 @@ class Decoder:
         if family is LLAMA:  # the others have no such settings
             head_dim, kv_heads = getattr(config, "head_dim", None) or head_dim, config.num_key_value_heads or heads
         self.kv = KVShape(config.num_hidden_layers, kv_heads, head_dim, head_dim)
-        self.eps: float = getattr(config, "rms_norm_eps", None) or getattr(config, "layer_norm_epsilon", 1e-5)
+        self.eps = float(getattr(config, "rms_norm_eps", None) or getattr(config, "layer_norm_epsilon", 1e-5))
         self._activate = None if family is LLAMA else ACTIVATIONS[config.activation_function]
         self._ops = kernels.for_device(self.device)
         self._rotation = None if family.positions else _rotation(module, self.max_length)
@@ -169,10 +169,7 @@ class Decoder:
     ) -> Tensor:
         """One layer, whose result is still to be added to `residual` [T, hidden], as is `x`, the last one's."""
         ops, eps = self._ops, self.eps
-        if x is None:
-            h = ops.norm(residual, *layer.first_norm, eps)
-        else:
-            h = ops.norm(x, *layer.first_norm, eps, residual)
+        h = ops.norm(residual, *layer.first_norm, eps) if x is None else ops.norm(x, *layer.first_norm, eps, residual)
         qkv = F.linear(h, *layer.qkv)  # [T, (H + 2 Hk) D]
         norms = (layer.q_norm, layer.k_norm, eps, self._rotation)
         q = ops.rotate_and_store(qkv, *norms, batch.positions, batch.slots, k_cache, v_cache)  # [T, H, D]
