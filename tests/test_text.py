@@ -29,6 +29,7 @@ from lab.real import encoder
 from lab.schedulers import PREEMPTION, SCHEDULERS
 from lab.workloads import workload
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CLOSE = 1e-4  # two logits that the order of summation may swap
 
 
@@ -110,7 +111,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[LanguageModel, Any]:
     folder: Path = tmp_path_factory.mktemp("tiny-llama")
     reference = LlamaForCausalLM(config).eval()
     reference.save_pretrained(folder)
-    return load(str(folder)), reference
+    return load(str(folder), device=DEVICE, dtype=torch.float32), reference
 
 
 PRODUCT = list(itertools.product(ALLOCATORS.names(), SCHEDULERS.names(), PREEMPTION))
@@ -234,7 +235,7 @@ NEW = 64
 def smol() -> Iterator[LanguageModel]:
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)  # the only tests here that compute for long
-    yield load("smollm2", dtype=torch.float32)
+    yield load("smollm2", device=DEVICE, dtype=torch.float32)
     torch.set_num_threads(threads)
 
 

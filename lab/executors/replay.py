@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from kernels.ragged import Ragged, Tiles
 from lab.core import Sequence
 from lab.executors.batch import Rows
 from lab.executors.cache import KVCache
-from lab.executors.sampling import Draw, Drawn, draw_of, plain, sample
+from lab.executors.sampling import Draw, plain
 from lab.models import LanguageModel, Packed
 
 SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 16), *range(288, 513, 32))  # rows of a batch
@@ -50,7 +50,6 @@ class Step:
     starts: Tensor  # int32 [size + 1]
     all_rows: Tensor  # int64 [size]
     graph: torch.cuda.CUDAGraph | None = None
-    results: list[Tensor] = field(default_factory=list)  # logits [size, V], tokens [size], log-probabilities [size]
 
 
 class Replay:
@@ -64,43 +63,34 @@ class Replay:
         self.captures = model.device.type == "cuda"  # without graphs it does the same, launch by launch
         self.captured = 0  # graphs, so far
         width = -(-min(model.max_length, cache.num_blocks * cache.block) // cache.block)
+        self._logprobs = torch.zeros(SIZES[-1], dtype=torch.float32, device=model.device)
         self._tables = torch.zeros((SIZES[-1], width), dtype=torch.int32, device=model.device)
         self._steps: dict[Key, Step] = {}
         self._pool: Any = None  # memory that all graphs share: only one runs at a time
         self._sample = kernels.for_device(model.device).sample
 
-    def takes(self, rows: Rows) -> bool:
-        """Is this a step of decodes alone, none of them to be left unsampled?"""
-        count = len(rows.rows)
-        live = len(rows.sampled)
-        return live > 0 and len(rows.token_ids) == count <= SIZES[-1] and rows.last == list(range(live))
+    def takes(self, rows: Rows, draws: list[Draw]) -> bool:
+        """Is this a step of decodes alone, each of which is sampled, as one pass over the logits can?"""
+        count, live = len(rows.rows), len(draws)
+        decodes = len(rows.token_ids) == count <= SIZES[-1] and rows.last == list(range(live))
+        return live > 0 and decodes and plain(draws)
 
     @torch.inference_mode()
-    def run(self, rows: Rows, before: Mapping[Sequence, int]) -> tuple[Drawn, list[Draw]]:
-        """Launch the step; `before` says in which row the step before drew for a sequence."""
-        count, live = len(rows.rows), len(rows.sampled)
-        size = next(size for size in SIZES if size >= count)
+    def run(self, rows: Rows, draws: list[Draw], before: Mapping[Sequence, int]) -> tuple[Tensor, Tensor]:
+        """Launch the step -> tokens [S], log-probabilities [S], valid until the next one.
+
+        `before` says in which row the step before drew for a sequence.
+        """
+        size = next(size for size in SIZES if size >= len(rows.rows))
         step = self._step(Key(size, rows.paged, any(row.dead for row in rows.rows)))
-        draws = [draw_of(s, len(self.model.eos)) for s in rows.sampled]
         self._fill(step, rows, draws, before)
         if step.graph is not None:
             step.graph.replay()
         else:
-            step.results = list(self._body(step))
+            self._body(step)
             if self.captures:
-                drawn = [result[:live].clone() for result in step.results]
                 self._capture(step)
-                return self._drawn(drawn, draws), draws
-        return self._drawn([result[:live] for result in step.results], draws), draws
-
-    def _drawn(self, results: list[Tensor], draws: list[Draw]) -> Drawn:
-        """What was drawn in the step itself, or from its logits where a client asks for what the kernel cannot do."""
-        logits, tokens, logprobs = results
-        if plain(draws):
-            return Drawn(tokens, logprobs, tokens.new_empty(len(draws), 0), logprobs.new_empty(len(draws), 0))
-        drawn = sample(logits, draws)
-        self.drawn[: len(draws)].copy_(drawn.tokens)
-        return drawn
+        return self.drawn[: len(draws)], self._logprobs[: len(draws)]
 
     def _step(self, key: Key) -> Step:
         if key not in self._steps:
@@ -139,8 +129,8 @@ class Replay:
             filled[i, :blocks] = row.table[:blocks]
         self._tables[:count, : max(needed)].copy_(tables, non_blocking=True)
 
-    def _body(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """What is captured: from the columns to logits, tokens and log-probabilities."""
+    def _body(self, step: Step) -> None:
+        """What is captured: from the columns to tokens and log-probabilities."""
         size = step.key.size
         tokens, positions, slots, keys, temperature, before = step.columns[:6, :size]
         firsts, lengths, dead, order = step.columns[6:].int()[:, :size]
@@ -163,14 +153,14 @@ class Replay:
         logits = self.model.logits(batch, self.cache.k, self.cache.v)
         drawn, logprobs = self._sample(logits, temperature.view(torch.float64).float(), keys)
         self.drawn[:size].copy_(drawn)
-        return logits, drawn, logprobs
+        self._logprobs[:size].copy_(logprobs)
 
     def _capture(self, step: Step) -> None:
         """Has run once, launch by launch, so that all kernels are there. Capturing computes nothing."""
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._pool):
-                step.results = list(self._body(step))
+                self._body(step)
         except RuntimeError as error:
             self.captures = False
             print(f"steps are not captured as CUDA graphs, and so are slower: {error}", file=sys.stderr)

@@ -18,7 +18,7 @@ from lab.core import InputError, Plan, Sampled, Sequence
 from lab.executors.batch import Rows, lay_out
 from lab.executors.cache import KVCache
 from lab.executors.replay import Replay
-from lab.executors.sampling import draw_of, sample
+from lab.executors.sampling import Drawn, draw_of, sample
 from lab.models import LanguageModel
 
 MOST_ROWS = 2**14  # sequences in one step
@@ -143,8 +143,11 @@ class TorchExecutor:
     def _run(self, rows: Rows) -> Flight:
         before = {s: i for i, s in enumerate(self._last.sequences)} if rows.unknown else {}
         assert all(s in before for _, s in rows.unknown), "unknown tokens are those that the step before draws"
-        if self._replay is not None and self._replay.takes(rows):
-            drawn, draws = self._replay.run(rows, before)
+        draws = [draw_of(s, len(self.model.eos)) for s in rows.sampled]
+        if self._replay is not None and self._replay.takes(rows, draws):
+            tokens, logprobs = self._replay.run(rows, draws, before)
+            nothing = torch.empty(len(draws), 0)
+            drawn = Drawn(tokens, logprobs, nothing, nothing)
         else:
             batch = rows.on(self.device)
             if rows.unknown:
@@ -152,12 +155,11 @@ class TorchExecutor:
                 sources = upload(torch.tensor([before[s] for _, s in rows.unknown]), self.device)
                 batch.token_ids[places] = self._drawn[sources]
             logits = self.model.logits(batch, self.cache.k, self.cache.v)  # [S, V]
-            draws = [draw_of(s, len(self.model.eos)) for s in rows.sampled]
             if not draws:
                 return Flight(arrived=self._mark())
             drawn = sample(logits, draws)
             self._drawn[: len(draws)].copy_(drawn.tokens)
-        host = tuple(column.to("cpu", non_blocking=True) for column in drawn)
+        host = tuple(column.to("cpu", non_blocking=True, copy=True) for column in drawn)
         return Flight(tuple(rows.sampled), host, tuple(draw.alternatives for draw in draws), self._mark())
 
     def _mark(self) -> torch.cuda.Event | None:

@@ -144,7 +144,7 @@ class Decoder:
         if family is LLAMA:  # the others have no such settings
             head_dim, kv_heads = getattr(config, "head_dim", None) or head_dim, config.num_key_value_heads or heads
         self.kv = KVShape(config.num_hidden_layers, kv_heads, head_dim, head_dim)
-        self.eps = float(getattr(config, "rms_norm_eps", None) or getattr(config, "layer_norm_epsilon", 1e-5))
+        self.eps: float = getattr(config, "rms_norm_eps", getattr(config, "layer_norm_epsilon", 1e-5))
         self._activate = None if family is LLAMA else ACTIVATIONS[config.activation_function]
         self._ops = kernels.for_device(self.device)
         self._rotation = None if family.positions else _rotation(module, self.max_length)
