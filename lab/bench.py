@@ -4,8 +4,8 @@
 
 All requests come at once, output lengths are forced and weights random, of the true shape: speed does not depend on
 their values. The floor is bytes / bandwidth + operations / rate: K and V that decoding reads once, all weights once a
-step, and the arithmetic of the prompts; both rates are measured on the spot. A first round, in which kernels are compiled
-and graphs captured, does not count; of the others the median does.
+step, and the arithmetic of the prompts; both rates are measured on the spot. A first round, in which kernels are
+compiled and graphs captured, does not count; of the others the median does.
 """
 
 from __future__ import annotations
