@@ -8,11 +8,12 @@ Paged and contiguous run the same kernel in the same configuration; beside them 
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -48,6 +49,7 @@ class Shape:
 
 DECODES = [Shape(64, 40, 40, 1024), Shape(64, 32, 8, 1024), Shape(256, 32, 8, 512), Shape(8, 32, 8, 8192)]
 PROMPT = Shape(8, 32, 8, 2048)
+WIDTHS = (3072, 14336, 151936)  # of two SwiGLUs, of a vocabulary
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,41 @@ def bench_moves(shape: Shape, layers: int, floors: Floors, device: str) -> Itera
     yield Measured("copy_blocks", shown, f"{shape.kv_heads} heads", us, bytes=bytes_, floor_us=bytes_ / floors.copy)
 
 
+def bench_fused(floors: Floors, device: str, batch: int = 256, widths: Sequence[int] = WIDTHS) -> Iterator[Measured]:
+    """What a decoder computes around attention, beside what it reads and writes: norm, SwiGLU, heads, tokens.
+
+    A call that moves less than a few MB takes the time of a launch, in a CUDA graph some 2 us; its share says nothing.
+    """
+    ops, cache = for_device(device), torch.zeros(batch, BLOCK, 8, 128, dtype=DTYPE, device=device)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, dtype=DTYPE, device=device)
+
+    def moved(name: str, shape: str, variant: str, bytes_: int, call: Callable[[], object]) -> Measured:
+        return Measured(name, shape, variant, median_us(call), bytes=bytes_, floor_us=bytes_ / floors.copy)
+
+    for rows, hidden in ((batch, 1024), (batch // 4, 5120)):
+        x, residual, weight = random(rows, hidden), random(rows, hidden), random(hidden)
+        call = functools.partial(ops.norm, x, weight, None, 1e-5, residual)
+        yield moved("norm", f"{rows} x {hidden}", "residual", 4 * x.nbytes, call)
+    qkv, places = random(batch, 32 * 128), torch.arange(batch, device=device)
+    turns = torch.rand(batch, 128, device=device)
+    call = functools.partial(
+        ops.rotate_and_store, qkv, random(128), random(128), 1e-6, turns, places, BLOCK * places, cache, cache.clone()
+    )
+    yield moved("rotate_and_store", f"{batch} x 32 x 128", "norm, 16/8", 2 * qkv.nbytes + turns.nbytes, call)
+    for size in widths[:2]:
+        gate_up = random(batch, 2 * size)
+        call = functools.partial(ops.silu_and_mul, gate_up)
+        yield moved("silu_and_mul", f"{batch} x 2 x {size}", "", gate_up.nbytes * 3 // 2, call)
+    logits = random(batch, widths[2])
+    for variant, temperature in (("greedy", 0.0), ("drawn", 1.0)):
+        call = functools.partial(ops.sample, logits, torch.full((batch,), temperature, device=device), places)
+        us = median_us(call)
+        shape = f"{batch} x {widths[2]}"
+        yield Measured("sample", shape, variant, us, bytes=logits.nbytes, floor_us=logits.nbytes / floors.read)
+
+
 def run(device: str) -> Iterator[Measured]:
     torch.manual_seed(0)
     floors, rows = measure_floors(device)
@@ -223,6 +260,7 @@ def run(device: str) -> Iterator[Measured]:
     yield from bench_attention("prompt attention", PROMPT, PROMPT.length, floors, device)
     for heads in (8, 40):
         yield from bench_moves(Shape(16, heads, heads, 1024), 8, floors, device)
+    yield from bench_fused(floors, device)
 
 
 def main(arguments: list[str] | None = None) -> int:

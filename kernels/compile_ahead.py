@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import attention, cache
+from kernels import attention, cache, layers, sampling
 from kernels.ragged import TILE_TOKENS
 
 # KiB of shared memory that one program may use; 227 on Hopper and later
@@ -31,8 +31,9 @@ MATRIX = {"cuda": r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.]*", "hip": r
 
 EPILOG = """
 columns
+  head_dim    0 where a kernel knows no heads.
   memory      paged, contiguous, or paged with all options: dead positions, window, soft cap, sinks.
-  tile        attention: query tokens x heads x keys per step of the loop. Moving bytes: rows of head_dim numbers.
+  tile        attention: query tokens x heads x keys per step of the loop. Others: rows x numbers, or rows of head_dim.
   registers   per thread (VGPRs on AMD). Hopper has 65,536 for all threads of a processor: with 128 each there is room
               for four programs of 128 threads at once, with 255 for two. More at once hide more of memory's latency.
   spills      bytes per thread that did not fit into registers and live in memory instead. Those of float32 at head_dim
@@ -55,7 +56,7 @@ class Compiled:
     target: str
     kernel: str
     dtype: str
-    head_dim: int
+    head_dim: int  # 0: it knows no heads
     memory: str  # paged, contiguous, all options (see EPILOG), - where there is no difference
     tile: str
     registers: int  # per thread
@@ -107,6 +108,30 @@ def sources(target: GPUTarget, dtype: torch.dtype, head_dims: list[int]) -> Iter
         yield row, _source(kernel, types, constants), {"num_warps": 4, "num_stages": 1}
 
 
+def fused_sources(dtype: torch.dtype, head_dims: list[int]) -> Iterator[tuple[dict, ASTSource, dict]]:
+    """As `sources`: what a decoder computes around attention, at its widest: hidden 5120 and 16384, Qwen3's tokens."""
+    others = {"eps": "fp32", "index_ptr": "*i32"}
+    others |= {f"{name}_ptr": "*fp32" for name in ("rotation", "temperature", "partial", "logprobs")}
+    others |= {f"{name}_ptr": "*i64" for name in ("positions", "slots", "keys", "tokens")}
+    tiles, combine = sampling.specialise(151936)
+    cases: list[tuple[int, Any, dict[str, Any], str]] = [
+        (0, layers.norm_kernel, layers.specialise_norm(5120) | {"bias_ptr": None}, "1 x {PADDED}"),
+        (0, layers.norm_kernel, layers.specialise_norm(16384), "1 x {PADDED}"),
+        (0, layers.silu_and_mul_kernel, layers.specialise_silu(14336), "1 x {TILE}"),
+        (0, sampling.sample_kernel, tiles, "1 x {TILE}"),
+        (0, sampling.combine_kernel, combine, "1 x {PADDED}"),
+    ]
+    for head_dim in head_dims:
+        heads = layers.specialise_rotate(32, 8, head_dim, 16)
+        cases.append((head_dim, layers.rotate_and_store_kernel, heads, "{ROWS} rows"))
+    for head_dim, kernel, decided, tile in cases:
+        types = dict.fromkeys((name for name in kernel.arg_names if name.endswith("_ptr")), POINTER[dtype]) | others
+        constants = {name: value for name, value in decided.items() if name != "num_warps"}
+        options = {"num_warps": decided.get("num_warps", 4), "num_stages": 1}
+        row = {"head_dim": head_dim, "memory": "-", "tile": tile.format(**constants)}
+        yield row, _source(kernel, types, constants), options
+
+
 def _source(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> ASTSource:
     """Pointers and strides are multiples of 16, as at run time for every model in use: wide loads depend on it."""
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
@@ -130,7 +155,7 @@ def registers_and_spills(compiled: Any, target: GPUTarget) -> tuple[int, int]:
 
 
 def compile_all(target: GPUTarget, dtype: torch.dtype, head_dims: list[int]) -> Iterator[Compiled]:
-    for row, source, options in sources(target, dtype, head_dims):
+    for row, source, options in itertools.chain(sources(target, dtype, head_dims), fused_sources(dtype, head_dims)):
         compiled = triton.compile(source, target=target, options=options)
         registers, spills = registers_and_spills(compiled, target)
         matrix = re.search(MATRIX[target.backend], compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"])

@@ -62,7 +62,7 @@ def rotate_and_store_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, HALF_PAD: tl.constexpr,
 ):
-    """One program takes ROWS heads of one token, of queries, keys and values alike, as two halves [ROWS, HALF_PAD]."""
+    """One program takes ROWS heads of one token, be they queries, keys or values, as two halves [ROWS, HALF_PAD]."""
     HALF: tl.constexpr = D // 2
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]

@@ -2,8 +2,9 @@
 
 A program takes one tile of one row's logits and leaves four numbers: the largest logit, the sum of exponentials below
 it, the best of the race and where that is. A second kernel combines the tiles of a row; nothing of the size of the
-logits is ever written. Reading S * V * b bytes sets the time of greedy rows. A drawn number costs some 80 instructions
-besides, two thirds of them its noise (three products of 64 bits, a logarithm): four times as long on an H100.
+logits is ever written. Greedy rows take the time of reading S * V * b bytes. A drawn number costs some 90 instructions,
+two thirds of them for its noise (products of 64 bits, a logarithm): of 3e13 a second, an H100's rate, five times as
+long as reading it in bfloat16.
 
 The race: token i arrives at E_i / p_i and the first wins, E_i being exponential and a hash of (key, i), as in
 `kernels.reference.exponential`. The kernel looks for the largest exp((logit - largest) / temperature) / E in float32:

@@ -1,7 +1,8 @@
 """Random steps to try the kernels on, and attention in float64, written a second time and as plainly as possible."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,3 +131,15 @@ FEATURES: dict[str, dict[str, Any]] = {
         "sinks": torch.tensor([0.5, -2.0, 3.0, 0.0, 1.0, 9.0]),
     },
 }
+
+
+@contextmanager
+def poison() -> Iterator[None]:
+    """Memory that torch allocates and nobody wrote holds NaN, or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.zeros(1).new_empty(1).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

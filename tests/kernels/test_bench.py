@@ -26,9 +26,11 @@ def test_what_is_measured_is_right(monkeypatch: pytest.MonkeyPatch, queries: int
     floors, rows = bench.measure_floors("cpu", size=2**10, side=8)
     rows += bench.bench_attention("attention", bench.Shape(2, 4, 2, 32, 16), queries, floors, "cpu")
     rows += bench.bench_moves(bench.Shape(2, 2, 2, 32, 16), 2, floors, "cpu")
+    rows += bench.bench_fused(floors, "cpu", 4, (8, 16, 64))
     variants = [row.variant for row in rows]
     assert variants[3:5] == ["paged", "contiguous"]
     assert rows[4].error is not None
     assert rows[4].error < 0.01
-    assert [row.name for row in rows[-2:]] == ["store", "copy_blocks"]
+    moves = ["store", "copy_blocks", "norm", "norm", "rotate_and_store", "silu_and_mul", "silu_and_mul"]
+    assert [row.name for row in rows[-9:]] == [*moves, "sample", "sample"]
     assert all(len(row.line()) >= 60 for row in rows)
