@@ -147,8 +147,8 @@ def test_heads_are_those_of_qwen3(dtype: torch.dtype) -> None:
     q_theirs, k_theirs = (x[0].transpose(0, 1) for x in apply_rotary_pos_emb(*states, cos, sin))
     k_cache, v_cache = random(2, 4, kv_heads, d, dtype=dtype), random(2, 4, kv_heads, d, dtype=dtype)
     slots = torch.arange(tokens, device=DEVICE)
-    weights = (norm.weight.data for norm in norms)
-    q_ours = reference.rotate_and_store(qkv, *weights, 1e-6, rotation, slots, slots, k_cache, v_cache)
+    q_weight, k_weight = (norm.weight.data for norm in norms)
+    q_ours = reference.rotate_and_store(qkv, q_weight, k_weight, 1e-6, rotation, slots, slots, k_cache, v_cache)
     eps = max(torch.finfo(dtype).eps, 1e-6)  # they round cosines and products to bfloat16
     torch.testing.assert_close(q_ours, q_theirs, rtol=2 * eps, atol=8 * eps)
     torch.testing.assert_close(k_cache.flatten(0, 1)[:tokens], k_theirs, rtol=2 * eps, atol=8 * eps)
