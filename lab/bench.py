@@ -16,14 +16,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, replace
+from io import StringIO
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -38,8 +40,8 @@ from lab.executors.cache import free_bytes
 from lab.executors.torch import TorchExecutor
 from lab.models.loading import load, load_tokenizer
 from lab.pool import pool_size
-from lab.record import Recorder
-from lab.run import Run, requests_of
+from lab.record import Recorder, describe
+from lab.run import Run, real, requests_of
 from lab.schedulers import SCHEDULERS
 from lab.shapes import ModelShape, shape
 
@@ -180,9 +182,8 @@ def step(device: str, context: int = 512, steps: int = 64) -> Rows:
         times = recorder.record().steps
         step_ms = 1e3 * (times["end_s"] - times["start_s"]).iloc[-steps:].median()
         floor_ms = 1e3 * executor.model.weight_bytes / read
-        print(
-            f"{name:26} {step_ms:6.2f} ms a step, {step_ms / floor_ms:5.2f} times the reading of its weights (bar: {bar})"
-        )
+        times_floor = f"{step_ms / floor_ms:.2f} times the reading of its weights (bar: {bar})"
+        print(f"{name:26} {step_ms:6.2f} ms a step, {times_floor}", flush=True)
         rows.append({"case": name, "step_ms": step_ms, "weights_ms": floor_ms, "bar": bar})
         del executor
     return rows
@@ -260,17 +261,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write what was measured there, as JSON")
     args = parser.parse_args(arguments)
+    said = Said()
     try:
-        rows = _measure(args)
+        with redirect_stdout(said):
+            rows = _measure(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.out:
+        command = shlex.join(["python", "-m", "lab.bench", *(sys.argv[1:] if arguments is None else arguments)])
+        machine = real().device_name("cpu" if args.what == "laptop" else args.device)
+        header = describe(model="", workload="", seed=0, simulated=False, hardware=machine, gpu=machine)
         args.out.mkdir(parents=True, exist_ok=True)
-        machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        found = {"machine": machine, "torch": torch.__version__, "rows": rows}
-        (args.out / f"{args.what}.json").write_text(json.dumps(found, indent=1) + "\n")
+        (args.out / f"{args.what}.txt").write_text(f"$ {command}\n\n{said.getvalue()}")
+        (args.out / f"{args.what}.json").write_text(json.dumps({**header, "command": command, "rows": rows}, indent=1))
     return 0
+
+
+class Said(StringIO):
+    """What is printed, kept besides."""
+
+    def write(self, text: str) -> int:
+        sys.__stdout__.write(text) if sys.__stdout__ else None
+        return super().write(text)
+
+    def flush(self) -> None:
+        sys.__stdout__.flush() if sys.__stdout__ else None
 
 
 def _measure(args: argparse.Namespace) -> Rows:

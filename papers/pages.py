@@ -7,6 +7,7 @@ Between a mark and the next `<!-- end -->` stands what this script has written t
     <!-- table: FOLDER/table.csv -->             the table that an experiment keeps, and in what setting it was made
     <!-- table: FOLDER | PART OF A TITLE -->     that one of its tables, made again from rows.csv
     <!-- figure: FOLDER/STEM | WORDS -->         STEM.svg, or STEM.png where there is no such file
+    <!-- printed: FILE -->                       what a command has printed, as it stands
 
 A FOLDER is results/KIND/EXPERIMENT, seen from the page. What has no results there is said to be not run yet.
 """
@@ -30,7 +31,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
-MARK = re.compile(r"(<!-- (claims|table|figure)(?:: (.+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- (claims|table|figure|printed)(?:: (.+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 KINDS = {"simulated": "simulated", "cpu": "measured on a CPU", "h100": "measured on a GPU"}  # folder: head of a column
 WHERE = {"cpu": " --device cpu", "h100": " --device cuda"}
 USUAL = ["simulated", "h100"]
@@ -116,7 +117,7 @@ def filled(page: Path) -> str:
         if what == "claims":
             inside = judged_by(page, place) if place else claims_of(page)
         else:
-            inside = (table if what == "table" else figure)(page, place, more)
+            inside = {"table": table, "figure": figure, "printed": printed}[what](page, place, more)
         return f"{start}\n{inside}\n\n{end}"
 
     return MARK.sub(block, page.read_text(encoding="utf-8"))
@@ -160,6 +161,11 @@ def figure(page: Path, place: str, words: str) -> str:
         if stem.with_suffix(suffix).exists():
             return f"![{words}]({place}{suffix})"
     return _not_run(stem.parent)
+
+
+def printed(page: Path, place: str, _: str) -> str:
+    path = page.parent / place
+    return f"```\n{path.read_text(encoding='utf-8').strip()}\n```" if path.exists() else f"*{NOT_RUN.capitalize()}*"
 
 
 def verdict(holds: Seq[bool | None]) -> str:
