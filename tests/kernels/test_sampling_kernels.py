@@ -6,8 +6,6 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-import triton
-import triton.language as tl
 from scenes import poison
 from torch import Tensor
 
@@ -15,6 +13,10 @@ from kernels import for_device, reference
 from lab.core import SamplingParams
 from lab.executors.sampling import Draw
 from lab.executors.sampling import sample as sample_in_lab
+
+triton = pytest.importorskip("triton", reason="triton is not installed; it is on Linux x86-64")
+tl = pytest.importorskip("triton.language")
+from kernels.sampling import _exponential  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -75,7 +77,7 @@ def test_the_first_of_the_race_wins(ops: ModuleType, size: int, dtype: torch.dty
 
 
 def test_both_draw_the_same() -> None:
-    rows = 300
+    rows = 1000 if DEVICE == "cuda" else 100
     logits, keys = some_logits(rows, 5000, torch.bfloat16), some_keys(rows)
     temperature = 2 * torch.rand(rows, device=DEVICE)
     temperature[::7] = 0
@@ -132,47 +134,61 @@ def test_a_row_of_nan_gives_some_token() -> None:
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
 def test_tokens_come_as_often_as_they_should(ops: ModuleType, temperature: float) -> None:
     """Chi-square over keys in a row, below its 99.9 % quantile, of a normal approximation."""
-    draws = 20_000 if DEVICE == "cuda" or ops is reference else 1000
+    draws = 20_000 if DEVICE == "cuda" or ops is reference else 300  # 10 ms each in the interpreter
     logits = torch.randn(1, 20, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     expected = draws * (logits[0].double() / temperature).softmax(0).cpu()
     temperatures = torch.full((draws,), temperature, device=DEVICE)
     tokens, _ = ops.sample(logits.expand(draws, -1), temperatures, torch.arange(draws, device=DEVICE))
     common = expected >= 5
     freedom = int(common.sum()) - 1
-    assert freedom >= 9
+    assert freedom >= 7
     counts = torch.bincount(tokens.cpu(), minlength=20)
     chi_square = float(((counts - expected)[common] ** 2 / expected[common]).sum())
     assert chi_square < freedom + 3.1 * (2 * freedom) ** 0.5
 
 
-def key_of(top: int) -> int:
-    """The key whose hash at place 0 has these upper 53 bits: splitmix64 backwards."""
+def key_of(top: int, place: int = 0) -> int:
+    """The key whose hash at this place has these upper 53 bits: splitmix64 backwards."""
     state = top << 11
     for shift, factor in ((31, 1), (27, MIX_2), (30, MIX_1)):
         state = state * pow(factor, -1, 2**64) % 2**64
         state ^= (state >> shift) ^ (state >> 2 * shift)
-    key = (state - GAMMA) % 2**64
+    key = (state - (place + 1) * GAMMA) % 2**64
     return key - 2**64 if key >= 2**63 else key
 
 
 @triton.jit
-def noise_kernel(keys_ptr, out_ptr, exponential: tl.constexpr):
+def noise_kernel(keys_ptr, out_ptr):
     place = tl.program_id(0)
-    tl.store(out_ptr + place, tl.max(exponential(tl.load(keys_ptr + place), tl.arange(0, 1)), 0))
+    tl.store(out_ptr + place, tl.max(_exponential(tl.load(keys_ptr + place), tl.arange(0, 1)), 0))
 
 
 def test_noise_is_exact_however_small() -> None:
     """Between 2**-54 and 1 - 2**-16: later than that, nothing wins."""
-    from kernels.sampling import _exponential
-
-    tops = [0, 1, 2, 12345, *(2**bit + offset for bit in range(3, 53) for offset in (-1, 0, 1)), 2**53 - 2**37]
+    tops = [
+        0,
+        1,
+        2,
+        12345,
+        *(2**bit + offset for bit in range(3, 53) for offset in (-1, 0, 1)),
+        2**49 - 2**26,
+        2**53 - 2**37,
+    ]
     keys = [key_of(top) for top in tops]
     out = torch.empty(len(keys), device=DEVICE)
-    noise_kernel[(len(keys),)](torch.tensor(keys, device=DEVICE), out, _exponential)
+    noise_kernel[(len(keys),)](torch.tensor(keys, device=DEVICE), out)
     exact = np.array([-np.log1p(-(top + 0.5) * 2.0**-53) for top in tops])
     np.testing.assert_allclose([noise(key, 1)[0] for key in keys], exact, rtol=1e-12)
     np.testing.assert_allclose(reference.exponential(torch.tensor(keys), 1)[:, 0], exact, rtol=1e-6)
-    np.testing.assert_allclose(out.cpu(), exact, rtol=5e-6, atol=0)
+    np.testing.assert_allclose(out.cpu(), exact, rtol=2e-6, atol=0)
+
+
+def test_what_must_win_wins_however_late(ops: ModuleType) -> None:
+    """Its uniform number is 1 in float32, its noise 22.9; all others never arrive."""
+    logits = torch.full((1, 10), -200.0, device=DEVICE)
+    logits[0, 7] = 0
+    key = torch.tensor([key_of(2**53 - 2**20, 7)], device=DEVICE)
+    assert ops.sample(logits, torch.ones(1, device=DEVICE), key)[0].tolist() == [7]
 
 
 def test_what_is_not_supported_is_named(ops: ModuleType) -> None:
