@@ -127,7 +127,7 @@ BUGS = (
     Bug(
         "beams: a beam that goes on twice is not copied to the dropped one",
         "lab/beams.py",
-        "self.forks.append((parents[c.rank], home))",
+        "self.forks.append((parent, home))",
         "pass",
     ),
     Bug(
