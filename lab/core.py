@@ -17,6 +17,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar
 
+UNKNOWN = -1  # stands for the token that a step in flight will give
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -98,7 +99,7 @@ class Sequence:
 
     group: Group
     index: int  # which of the request's outputs
-    tokens: list[int]
+    tokens: list[int]  # those that steps in flight will give, at the end, are UNKNOWN
     computed: int = 0
 
     @property
@@ -146,6 +147,11 @@ class Group:
         return common_prefix([s.tokens for s in self.live]) - 1
 
     @property
+    def complete(self) -> bool:
+        """Has every output ended, with its last token collected?"""
+        return not self.live and all(s.tokens[-1] != UNKNOWN for s in self.ended)
+
+    @property
     def sequences(self) -> list[Sequence]:
         return self.live + self.ended
 
@@ -155,7 +161,7 @@ class Group:
 
     @property
     def together(self) -> bool:
-        """Must its sequences be sampled in the same step?"""
+        """Must its sequences be sampled in the same step, and their tokens be known before the next is planned?"""
         return self.request.sampling.beams > 0
 
     @property
@@ -173,7 +179,11 @@ class Group:
 
 
 def common_prefix(lists: Seq[Seq[int]]) -> int:
-    """Length of the longest prefix that all share; the lists are compared by content."""
+    """Length of the longest prefix that all share; the lists are compared by content.
+
+    Two tokens that are UNKNOWN pass for the same, and may not be. Nobody is misled: they are the last of their lists,
+    and what is computed or shared by forking (`distinct`, `to_share`) ends before the last token.
+    """
     first = lists[0]
     length = min(len(other) for other in lists)
     for other in lists[1:]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from random import Random
 
 from lab.allocators import ALLOCATORS, Allocator, account
-from lab.core import Group, InputError, Limits, Plan, Request, Sampled, SamplingParams, Sequence
+from lab.core import UNKNOWN, Group, InputError, Limits, Plan, Request, Sampled, SamplingParams, Sequence
 from lab.engine import Engine
 from lab.executors.checksum import ChecksumExecutor
 from lab.schedulers import SCHEDULERS
@@ -93,6 +93,7 @@ class Watch:
         self.count: Counter[str] = Counter()
         self.refusals: dict[int, str] = {}
         self.cancellations: dict[int, Group] = {}
+        self.end_s = 0.0  # of the step before
         self.extents: dict[Sequence, Seq[int]] = {}  # the tables of the step before
 
     def arrived(self, time_s: float, request: Request) -> None: ...
@@ -108,12 +109,10 @@ class Watch:
         assert not any(s in self.engine.allocator.tables for s in group.sequences), "a cancelled group holds memory"
         assert group not in self.engine.scheduler.host.saved, "a cancelled group holds host memory"
 
-    def step(
+    def launched(
         self,
-        start_s: float,
-        end_s: float,
+        time_s: float,
         plan: Plan,
-        sampled: Mapping[Sequence, list[Sampled]],
         allocator: Allocator,
         live: Iterable[Sequence],
         ended: Iterable[Sequence],
@@ -129,7 +128,7 @@ class Watch:
         self.count["hit"] += sum(hit > 0 for g, hit in plan.admitted.items() if g not in plan.swapped)
         self.count["blocked"] += plan.blocked is not None
         self.count["padded"] += bool(plan.padding)
-        self.count["chunked"] += any(s.pending > 1 and s not in sampled for s in plan.work)
+        self.count["chunked"] += any(s.pending > 1 for s in plan.work)
         assert sum(plan.work.values()) <= LIMITS.tokens, "more tokens in a step than its limit"
         assert len(plan.work) <= LIMITS.seqs, "more sequences in a step than its limit"
         if self.accounts:
@@ -138,6 +137,11 @@ class Watch:
         self._extents(plan, allocator)
         if self.cancels and self.count["steps"] % 10 == 0:
             self._cancel()
+
+    def collected(self, start_s: float, end_s: float, sampled: Mapping[Sequence, list[Sampled]]) -> None:
+        assert self.end_s <= start_s <= end_s, "two steps at the same time"
+        self.end_s = end_s
+        assert not any(sample.token == UNKNOWN for samples in sampled.values() for sample in samples)
 
     def _extents(self, plan: Plan, allocator: Allocator) -> None:
         """Counts extents that moved, and such that grew where they were, while their sequence ran."""
@@ -169,13 +173,19 @@ def serve(
     pool: int,
     block: int,
     watch: Watch,
+    depth: int = 0,
 ) -> tuple[dict[int, Group], ChecksumExecutor]:
     """Run to the end; the groups that completed, by request id, and the executor."""
     memory = ALLOCATORS.get(allocator)(pool, block, LIMITS)
     policy = SCHEDULERS.get(scheduler)(memory, LIMITS, preemption=preemption, batch=4, timeout_s=3.0)
     executor = ChecksumExecutor(memory.num_blocks, block, host_blocks=policy.host.num_blocks)
     groups: dict[int, Group] = {}
-    engine = Engine(policy, executor, watch, on_end=lambda group: groups.update({group.request.id: group}))
+
+    def on_end(group: Group) -> None:
+        assert not any(UNKNOWN in s.tokens for s in group.ended), "told of its end before its last token has come"
+        groups[group.request.id] = group
+
+    engine = Engine(policy, executor, watch, on_end=on_end, depth=depth)
     watch.engine = engine
     empty = memory.idle()
     engine.run(requests)
@@ -189,5 +199,7 @@ def serve(
     assert not policy.running
     assert not policy.waiting
     assert not engine.groups
+    assert not engine.flights
+    assert not executor.launched
     assert empty.free == memory.capacity
     return groups, executor
