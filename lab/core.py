@@ -129,7 +129,7 @@ class Group:
     a preemption by recomputation the same rule applies to whatever prefix they still have in common.
     """
 
-    __slots__ = ("ended", "forks", "live", "preemptions", "request")
+    __slots__ = ("ended", "forks", "live", "preemptions", "request", "together")
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -138,6 +138,8 @@ class Group:
         self.live = [Sequence(self, i, list(request.prompt)) for i in range(request.sampling.width)]
         self.ended: list[Sequence] = []
         self.preemptions = 0
+        # a search: all are sampled in the same step, and their tokens must be known before the next is planned
+        self.together = request.sampling.beams > 0
 
     @property
     def to_share(self) -> int:
@@ -158,11 +160,6 @@ class Group:
     def outputs(self) -> list[list[int]]:
         """Tokens of what has ended, prompts included, in order of the outputs."""
         return [s.tokens for s in sorted(self.ended, key=lambda s: s.index)]
-
-    @property
-    def together(self) -> bool:
-        """Must its sequences be sampled in the same step, and their tokens be known before the next is planned?"""
-        return self.request.sampling.beams > 0
 
     @property
     def distinct(self) -> int:

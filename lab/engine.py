@@ -247,16 +247,19 @@ class Engine:
             if s.group.together:
                 searching[s.group] = None
                 continue
-            if UNKNOWN not in s.tokens[-2:]:  # it ended with the step before, when this one was on its way already
+            tokens = s.tokens
+            at = len(tokens) - 1
+            if tokens[at] != UNKNOWN:  # it ended with the step before, when this one was on its way already
                 del sampled[s]
                 continue
-            length = s.tokens.index(UNKNOWN, -2)  # a second one is of the step after
+            if tokens[at - 1] == UNKNOWN:
+                at -= 1  # the other one is of the step after
             for sample in samples:
-                s.tokens[length : length + 1] = [sample.token]
-                length += 1
-                if reason := self._reason(s, length, sample.token):
+                tokens[at : at + 1] = (sample.token,)
+                at += 1
+                if reason := self._reason(s, at, sample.token):
                     done.append((s, reason))
-                    del s.tokens[length:]
+                    del tokens[at:]
                     break
         beams = [group for group in searching if isinstance(group, Beams)]
         for group in beams:
