@@ -93,9 +93,19 @@ def written(plan: Plan) -> tuple[Any, ...]:
 
     work = [(name(s), tokens) for s, tokens in plan.work.items()]
     padding = [(name(s), dead) for s, dead in plan.padding.items()]
-    groups = [[(group.request.id, tokens) for group, tokens in some.items()] for some in (plan.admitted, plan.preempted)]
+    groups = [
+        [(group.request.id, tokens) for group, tokens in some.items()] for some in (plan.admitted, plan.preempted)
+    ]
     blocked = plan.blocked and plan.blocked.request.id
-    return work, padding, groups, plan.moves, {g.request.id for g in plan.swapped}, list(map(name, plan.forked)), blocked
+    return (
+        work,
+        padding,
+        groups,
+        plan.moves,
+        {g.request.id for g in plan.swapped},
+        list(map(name, plan.forked)),
+        blocked,
+    )
 
 
 class Watch:

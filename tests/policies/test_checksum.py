@@ -140,7 +140,7 @@ def test_roomy_memory(allocator: str, scheduler: str, preemption: str, kind: str
 @schedulers
 @allocators
 def test_tight_memory_with_a_step_in_flight(allocator: str, scheduler: str, preemption: str) -> None:
-    """Depth 1: the same text; and where lengths are known beforehand the same plans as at depth 0, to the last block."""
+    """Depth 1: the same text; and where lengths are known beforehand the plans of depth 0, to the last block."""
     policy = Policy(allocator)
     seen: Counter[str] = Counter()
     for kind, block in BLOCK.items():
@@ -154,7 +154,9 @@ def test_tight_memory_with_a_step_in_flight(allocator: str, scheduler: str, pree
         seen += served_right(requests, allocator, scheduler, preemption, pool, block, any_length, depth=1)
     assert seen["overlaps"] == 0 if policy.finds else seen["overlaps"] > 100
     needed = {"forked", "copy", "chunked", "length", "cancel running", "cancel waiting"}
-    needed |= ({"preempted", "out", "in"} if preemption == "swap" else {"preempted"}) if policy.preempts else {"blocked"}
+    needed |= (
+        ({"preempted", "out", "in"} if preemption == "swap" else {"preempted"}) if policy.preempts else {"blocked"}
+    )
     assert not [what for what in needed if not seen[what]]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+
 import pytest
 from serving import Watch
 from stepping import Bench, request
@@ -211,7 +212,13 @@ def record_of(depth: int) -> Record:
 def test_the_record_is_that_of_depth_0_but_for_the_times() -> None:
     at_once, in_flight = record_of(0), record_of(1)
     assert (at_once.steps["preempted"] > 0).any()
-    for name, times in (("steps", ["start_s", "end_s"]), ("samples", []), ("tenures", []), ("tokens", []), ("requests", [])):
+    for name, times in (
+        ("steps", ["start_s", "end_s"]),
+        ("samples", []),
+        ("tenures", []),
+        ("tokens", []),
+        ("requests", []),
+    ):
         expected, got = (getattr(record, name).drop(columns=times) for record in (at_once, in_flight))
         assert got.equals(expected), name
     columns = ["step", "request", "output", "kind", "tokens", "detail"]
