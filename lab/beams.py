@@ -46,6 +46,23 @@ class Beams(Group):
         """The n best, prompts included, the best first."""
         return [h.tokens for h in self.finished[: self.request.sampling.n]]
 
+    def take(
+        self, sampled: dict[Sequence, list[Sampled]], eos: frozenset[int], limit: int
+    ) -> list[tuple[Sequence, str]]:
+        """A step of a beam search, whose candidates become what was sampled; all its beams end together."""
+        request = self.request
+        drawn = {s: sampled.pop(s)[0] for s in self.live}
+        if request.output is None:
+            ends = eos | set(request.sampling.stop)
+            most = min(request.sampling.max_tokens, limit - len(request.prompt))
+        else:
+            ends, most = frozenset(), request.output
+        sampled.update(self.advance(drawn, ends, most))
+        if not self.over:
+            return []
+        reason = "length" if all(h.reason == "length" for h in self.finished) else "stop"
+        return [(s, reason) for s in self.live]
+
     def advance(
         self, drawn: Mapping[Sequence, Sampled], ends: Container[int], most: int
     ) -> dict[Sequence, list[Sampled]]:

@@ -25,6 +25,11 @@ def check(run: Run) -> None:
     ):
         if value not in known:
             raise InputError(unknown(kind, value, known))
+    if run.depth not in (0, 1):
+        raise InputError(f"depth {run.depth}: must be 0 (collect a step, then plan) or 1 (plan the next meanwhile)")
+    if run.depth and run.simulated:
+        rule = "the virtual clock plans in no time, so there is nothing to hide"
+        raise InputError(f"depth {run.depth}: {rule}; leave --depth out, or take --executor torch")
     for name, number in (("rate", run.rate), ("duration", run.duration_s), ("count", run.count), ("steps", run.steps)):
         if number is not None and not (number > 0 and math.isfinite(number)):
             raise InputError(f"{name} {number}: must be a number above zero")

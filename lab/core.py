@@ -17,6 +17,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar
 
+UNKNOWN = -1  # stands for the token that a step in flight will give
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -98,7 +99,7 @@ class Sequence:
 
     group: Group
     index: int  # which of the request's outputs
-    tokens: list[int]
+    tokens: list[int]  # those that steps in flight will give, at the end, are UNKNOWN
     computed: int = 0
 
     @property
@@ -128,7 +129,7 @@ class Group:
     a preemption by recomputation the same rule applies to whatever prefix they still have in common.
     """
 
-    __slots__ = ("ended", "forks", "live", "preemptions", "request")
+    __slots__ = ("ended", "forks", "live", "preemptions", "request", "together")
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -137,6 +138,8 @@ class Group:
         self.live = [Sequence(self, i, list(request.prompt)) for i in range(request.sampling.width)]
         self.ended: list[Sequence] = []
         self.preemptions = 0
+        # a search: all are sampled in the same step, and their tokens must be known before the next is planned
+        self.together = request.sampling.beams > 0
 
     @property
     def to_share(self) -> int:
@@ -146,17 +149,17 @@ class Group:
         return common_prefix([s.tokens for s in self.live]) - 1
 
     @property
+    def complete(self) -> bool:
+        """Has every output ended, with its last token collected?"""
+        return not self.live and all(s.tokens[-1] != UNKNOWN for s in self.ended)
+
+    @property
     def sequences(self) -> list[Sequence]:
         return self.live + self.ended
 
     def outputs(self) -> list[list[int]]:
         """Tokens of what has ended, prompts included, in order of the outputs."""
         return [s.tokens for s in sorted(self.ended, key=lambda s: s.index)]
-
-    @property
-    def together(self) -> bool:
-        """Must its sequences be sampled in the same step?"""
-        return self.request.sampling.beams > 0
 
     @property
     def distinct(self) -> int:
@@ -173,7 +176,11 @@ class Group:
 
 
 def common_prefix(lists: Seq[Seq[int]]) -> int:
-    """Length of the longest prefix that all share; the lists are compared by content."""
+    """Length of the longest prefix that all share; the lists are compared by content.
+
+    Two tokens that are UNKNOWN pass for the same, and may not be. Nobody is misled: they are the last of their lists,
+    and what is computed or shared by forking (`distinct`, `to_share`) ends before the last token.
+    """
     first = lists[0]
     length = min(len(other) for other in lists)
     for other in lists[1:]:

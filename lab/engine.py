@@ -1,6 +1,15 @@
 """The loop: requests arrive, the scheduler plans, the executor carries out, the recorder keeps what happened.
 
 The engine decides nothing. It alone appends tokens and advances `computed`, and it tells when a sequence has ended.
+
+depth 0   host    plan 1 .              . collect 1, plan 2 .              . collect 2, plan 3 .
+          device         [ step 1       ]                   [ step 2       ]
+depth 1   host    plan 1 . plan 2 .     . collect 1, plan 3 .     . collect 2, plan 4
+          device         [ step 1       ][ step 2                 ][ step 3       what the host does costs nothing
+
+That works because plans look at counts, which are committed when a step is launched, and not at values, which come when
+it is collected: until then UNKNOWN stands for them, and the device fills in what the step before drew. So a sequence
+whose length is known leaves right after the launch of its last step; whoever gets its memory writes in a later step.
 """
 
 from __future__ import annotations
@@ -9,11 +18,12 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from lab.allocators import Allocator
 from lab.beams import Beams, group_of
-from lab.core import Group, InputError, Plan, Request, Sampled, Sequence
+from lab.core import UNKNOWN, Group, Plan, Request, Sampled, Sequence
 from lab.executors import Executor
 from lab.schedulers import Scheduler
 
@@ -23,12 +33,10 @@ class Recorder(Protocol):
 
     def arrived(self, time_s: float, request: Request) -> None: ...
     def refused(self, time_s: float, request: Request, reason: str) -> None: ...
-    def step(
+    def launched(
         self,
-        start_s: float,
-        end_s: float,
+        time_s: float,
         plan: Plan,
-        sampled: Mapping[Sequence, list[Sampled]],
         allocator: Allocator,
         live: Iterable[Sequence],
         ended: Iterable[Sequence],
@@ -36,8 +44,19 @@ class Recorder(Protocol):
         host_tokens: int,
         compiled: bool = False,
     ) -> None: ...
+    def collected(self, start_s: float, end_s: float, sampled: Mapping[Sequence, list[Sampled]]) -> None: ...
     def ended(self, time_s: float, s: Sequence, reason: str) -> None: ...
     def cancelled(self, time_s: float, group: Group) -> None: ...
+
+
+@dataclass(slots=True)
+class Flight:
+    """A step that was launched and whose values have not been collected."""
+
+    plan: Plan
+    start_s: float
+    hidden: bool  # the next step is launched before it is collected
+    last: list[Sequence] = field(default_factory=list)  # which have left, with the token that it gives them
 
 
 class Engine:
@@ -54,14 +73,23 @@ class Engine:
         *,
         eos: Iterable[int] = (),
         on_end: Callable[[Group], None] | None = None,
+        depth: int = 0,
     ) -> None:
-        """`eos`: token ids that end a sequence whose length is not forced; `on_end` is told of each completed group."""
+        """`eos`: token ids that end a sequence whose length is not forced; `on_end` is told of each completed group.
+
+        `depth`: steps that run while the next is planned. With 1 an end by `eos` or a stop token shows a step late: a
+        row has been computed meanwhile whose token is dropped. Beams, and allocators that find blocks by their content,
+        need values to plan: such a step is collected at once whatever the depth.
+        """
+        assert depth in (0, 1)
         self.scheduler = scheduler
         self.allocator = scheduler.allocator
         self.executor = executor
         self.recorder = recorder
         self.eos = frozenset(eos)
         self.on_end = on_end
+        self.depth = depth
+        self.flights: deque[Flight] = deque()  # the oldest first
         self.groups: dict[int, Group] = {}  # in flight, by request id
         self.inbox: deque[Request | int] = deque()  # a request to submit, or the id of one to cancel
 
@@ -87,6 +115,7 @@ class Engine:
         self.scheduler.submit(group)
         while group.live[0].computed < len(prompt):
             self.step()
+        self._land()
         kept = self.allocator.pin(group.live[0])
         self.scheduler.cancel(group)
         self.recorder = recorder
@@ -94,30 +123,9 @@ class Engine:
 
     def refusal(self, request: Request) -> str | None:
         """Why the request can never run here, or None."""
-        limit = self.scheduler.limits.length
-        tokens = len(request.prompt) + (request.output or 1)
-        if tokens > limit:
-            return (
-                f"request {request.id}: {len(request.prompt)} prompt and {request.output or 1} output tokens exceed "
-                f"the limit of {limit} tokens a sequence; shorten it or take a model with a longer context"
-            )
         if request.id in self.groups:
             return f"request {request.id} is in flight already; give each request an id of its own"
-        width = request.sampling.width
-        most = min(self.scheduler.limits.seqs, self.scheduler.limits.tokens)
-        if width > most:
-            rule = f"{width} sequences exceed the {most} of a step"
-            return f"request {request.id}: {rule}; lower n or beams"
-        try:
-            fits = self.allocator.fits(request)
-        except InputError as error:
-            return str(error)
-        if not fits:
-            return (
-                f"request {request.id}: {width} x {min(request.most, limit)} tokens do not fit an empty "
-                f"pool of {self.allocator.capacity} tokens under this allocator; enlarge it or lower max_tokens"
-            )
-        return None
+        return self.scheduler.refusal(request)
 
     def run(
         self, requests: Iterable[Request], until_s: float = math.inf, go_on: Callable[[], bool] = lambda: True
@@ -133,34 +141,68 @@ class Engine:
                 self._arrive(upcoming)
                 upcoming = next(arrivals, None)
             if upcoming is None and not self.groups and not self.inbox:
-                return
+                break
             next_s = min(until_s, upcoming.arrival_s) if upcoming else until_s
             if self.step(more=upcoming is not None, next_s=next_s) and not go_on():
-                return
+                break
+        self._land()
 
     def step(self, more: bool = False, next_s: float = math.inf) -> bool:
-        """One iteration; where there is nothing to do, wait (to `next_s` at most): False."""
+        """One iteration; where there is nothing to launch, collect what was, else wait (to `next_s` at most): False."""
         self._read_inbox()
         start_s = self.executor.now
         plan = self.scheduler.schedule(start_s, more)
         plan.moves, self.allocator.moves = self.allocator.moves, []
         if not (plan.work or plan.moves or plan.preempted):
-            self._wait(min(plan.wake_s, next_s), more)
+            if self.flights:
+                self._land()
+            else:
+                self._wait(min(plan.wake_s, next_s), more)
             return False
-        sampled: dict[Sequence, list[Sampled]] = {}
+        flight = self._launch(plan, start_s)
+        if flight.hidden:
+            self._record(flight)
+            self._leave(flight.last)
+        while len(self.flights) > flight.hidden:
+            self._collect()
+        return True
+
+    def _launch(self, plan: Plan, start_s: float) -> Flight:
+        """Queue a step and commit its counts."""
         if plan.work or plan.moves:
             self.executor.launch(plan, self.allocator.tables)
-            for s, tokens in plan.work.items():
-                s.computed += tokens
-            sampled = self.executor.collect()
+        hidden = self.depth > 0 and not self.allocator.publishes and not any(s.group.together for s in plan.work)
+        flight = Flight(plan, start_s, hidden)
+        self.flights.append(flight)
+        for s, tokens in plan.work.items():
+            s.computed += tokens
+            if s.computed == len(s.tokens) and not s.group.together:
+                s.tokens.append(UNKNOWN)
+                if hidden and self._reason(s, len(s.tokens), UNKNOWN):
+                    flight.last.append(s)
+        return flight
+
+    def _collect(self) -> None:
+        """The values of the oldest step in flight, and what ends by them."""
+        flight = self.flights.popleft()
+        sampled = self.executor.collect() if flight.plan.work or flight.plan.moves else {}
         done, searching = self._append(sampled)
-        self._record(start_s, plan, sampled)
+        end_s = self.executor.now
+        if not flight.hidden:
+            self._record(flight)
+        if self.recorder:
+            self.recorder.collected(flight.start_s, end_s, sampled)
+        for later in self.flights:
+            later.start_s = end_s  # it was queued before, and the device does one step at a time
         for group in searching:
             for _, dropped in group.forks:
                 dropped.computed = 0  # what its memory holds is not of its tokens any more
-        if done:
-            self._finish(done)
-        return True
+        self._finish(done)
+
+    def _land(self) -> None:
+        """Collect all that is in flight."""
+        while self.flights:
+            self._collect()
 
     def _arrive(self, request: Request) -> None:
         reason = self.refusal(request)
@@ -177,7 +219,9 @@ class Engine:
             item = self.inbox.popleft()
             if isinstance(item, Request):
                 self._arrive(item)
-            elif group := self.groups.pop(item, None):
+                continue
+            self._land()  # then nothing of it is in flight
+            if group := self.groups.pop(item, None):
                 self.scheduler.cancel(group)
                 if self.recorder:
                     self.recorder.cancelled(self.executor.now, group)
@@ -196,57 +240,50 @@ class Engine:
         self.executor.wait(until_s)
 
     def _append(self, sampled: dict[Sequence, list[Sampled]]) -> tuple[list[tuple[Sequence, str]], list[Beams]]:
-        """Append what was sampled; returns the sequences that have ended, each with the reason, and the searches."""
+        """Put in what was sampled; returns the sequences that have ended, each with the reason, and the searches."""
         done = []
         searching: dict[Group, None] = {}
-        limit = self.scheduler.limits.length
-        for s, samples in sampled.items():
-            request = s.group.request
-            if request.sampling.beams:
+        for s, samples in list(sampled.items()):
+            if s.group.together:
                 searching[s.group] = None
                 continue
+            tokens = s.tokens
+            at = len(tokens) - 1
+            if tokens[at] != UNKNOWN:  # it ended with the step before, when this one was on its way already
+                del sampled[s]
+                continue
+            if tokens[at - 1] == UNKNOWN:
+                at -= 1  # the other one is of the step after
             for sample in samples:
-                s.tokens.append(sample.token)
-                outputs = len(s.tokens) - len(request.prompt)
-                if request.output is not None:
-                    if outputs >= request.output:
-                        done.append((s, "length"))
-                        break
-                elif sample.token in self.eos or sample.token in request.sampling.stop:
-                    done.append((s, "stop"))
-                    break
-                elif outputs >= request.sampling.max_tokens or len(s.tokens) >= limit:
-                    done.append((s, "length"))
+                tokens[at : at + 1] = (sample.token,)
+                at += 1
+                if reason := self._reason(s, at, sample.token):
+                    done.append((s, reason))
+                    del tokens[at:]
                     break
         beams = [group for group in searching if isinstance(group, Beams)]
         for group in beams:
-            done += self._advance(group, sampled)
+            done += group.take(sampled, self.eos, self.scheduler.limits.length)
         return done, beams
 
-    def _advance(self, group: Beams, sampled: dict[Sequence, list[Sampled]]) -> list[tuple[Sequence, str]]:
-        """A step of a beam search, whose candidates become what was sampled; all its beams end together."""
-        request = group.request
-        drawn = {s: sampled.pop(s)[0] for s in group.live}
-        if request.output is None:
-            ends = self.eos | set(request.sampling.stop)
-            most = min(request.sampling.max_tokens, self.scheduler.limits.length - len(request.prompt))
-        else:
-            ends, most = frozenset(), request.output
-        sampled.update(group.advance(drawn, ends, most))
-        if not group.over:
-            return []
-        reason = "length" if all(h.reason == "length" for h in group.finished) else "stop"
-        return [(s, reason) for s in group.live]
+    def _reason(self, s: Sequence, length: int, token: int) -> str | None:
+        """Why `token`, which makes it `length` tokens long, is the last of a sequence; None if it is not."""
+        request = s.group.request
+        outputs = length - len(request.prompt)
+        if request.output is not None:
+            return "length" if outputs >= request.output else None
+        if token in self.eos or token in request.sampling.stop:
+            return "stop"
+        return "length" if outputs >= request.sampling.max_tokens or length >= self.scheduler.limits.length else None
 
-    def _record(self, start_s: float, plan: Plan, sampled: Mapping[Sequence, list[Sampled]]) -> None:
+    def _record(self, flight: Flight) -> None:
+        """The plan and the memory after it, before anybody leaves."""
         if self.recorder is None:
             return
         running = self.scheduler.running
-        self.recorder.step(
-            start_s,
-            self.executor.now,
-            plan,
-            sampled,
+        self.recorder.launched(
+            flight.start_s,
+            flight.plan,
             self.allocator,
             [s for group in running for s in group.live],
             [s for group in running for s in group.ended if s in self.allocator.tables],
@@ -255,15 +292,22 @@ class Engine:
             self.executor.compiled,
         )
 
-    def _finish(self, done: list[tuple[Sequence, str]]) -> None:
-        for s, reason in done:
+    def _leave(self, ended: list[Sequence]) -> None:
+        for s in ended:
             s.group.live.remove(s)
             s.group.ended.append(s)
-            if self.recorder:
+            if s not in self.allocator.tables:
+                self.scheduler.forget(s)
+        if ended:
+            self.scheduler.finish(ended)
+
+    def _finish(self, done: list[tuple[Sequence, str]]) -> None:
+        self._leave([s for s, _ in done if s in s.group.live])  # others have left when their last step was launched
+        if self.recorder:
+            for s, reason in done:
                 self.recorder.ended(self.executor.now, s, reason)
-        self.scheduler.finish([s for s, _ in done])
         for group in {s.group: None for s, _ in done}:
-            if not group.live:
+            if group.complete:
                 del self.groups[group.request.id]
                 if self.on_end:
                     self.on_end(group)

@@ -6,6 +6,7 @@ The Plan is all that policies say, so recording plans is recording the run. Metr
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -34,8 +35,9 @@ class Recorder:
     def __init__(self, path: Path | None, header: Mapping[str, Any], chunk_rows: int = CHUNK) -> None:
         self.header = {**header, "format": FORMAT}
         self.chunk_rows = chunk_rows
-        self.next_step = 0  # index of it: steps recorded so far
+        self.next_step = 0  # index of it: steps launched so far
         self.block = 1
+        self._in_flight: deque[tuple[tuple[int, ...], tuple[int, ...]]] = deque()  # what is known of their rows
         self._sink = Sink(path)
         self._rows: dict[str, list[tuple[Any, ...]]] = {name: [] for name in ("steps", "events", "tenures", "requests")}
         self._samples = Columns("niinb")
@@ -49,6 +51,11 @@ class Recorder:
         self._lengths: list[int] = []
         self._none = array("i")  # of each holder: nothing skipped
         self._over = array("b")  # of each holder: has it ended
+
+    @property
+    def collected_step(self) -> int:
+        """Index of the step collected last."""
+        return self.next_step - len(self._in_flight) - 1
 
     def __enter__(self) -> Recorder:
         return self
@@ -78,7 +85,7 @@ class Recorder:
     def ended(self, time_s: float, s: Sequence, reason: str) -> None:
         """Event step: the one that brought its last token; event tokens: those it generated."""
         request = s.group.request
-        self._event(time_s, request, s.index, "ended", s.outputs, reason, self.next_step - 1)
+        self._event(time_s, request, s.index, "ended", s.outputs, reason, self.collected_step)
         if request.id in self._unfinished:
             outputs = self._unfinished[request.id][1]
             outputs[s.index] = s.outputs
@@ -92,12 +99,10 @@ class Recorder:
             self._unfinished[group.request.id][1].update((s.index, s.outputs) for s in group.sequences)
             self._finish(group.request)
 
-    def step(
+    def launched(
         self,
-        start_s: float,
-        end_s: float,
+        time_s: float,
         plan: Plan,
-        sampled: Mapping[Sequence, list[Sampled]],
         allocator: Allocator,
         live: Iterable[Sequence],
         ended: Iterable[Sequence],
@@ -105,27 +110,33 @@ class Recorder:
         host_tokens: int,
         compiled: bool = False,
     ) -> None:
-        """A plan and its outcome: counts and tokens are applied, sequences that ended have not left memory."""
+        """A plan and the memory after it: counts are applied, sequences that end with it have not left."""
         if not self.next_step:
             self.block = allocator.block
             self.header.update(capacity=allocator.capacity, block=allocator.block)
         running = list(live)
         idle = allocator.idle()
-        self._decisions(start_s, plan)
+        self._decisions(time_s, plan)
         self._sample(allocator, running, ended, idle)
         blocked = sum(allocator.wants(s) for s in plan.blocked.live) if plan.blocked else 0
         dead = [sum(column) for column in zip(*plan.padding.values(), strict=True)] if plan.padding else (0, 0)
         moved = {"copy": 0, "out": 0, "in": 0, "map": 0, "unmap": 0}
         for move in plan.moves:
             moved[move.kind] += move.tokens
-        work = (self.next_step, start_s, end_s, len(plan.work), sum(plan.work.values()), *dead, self._draw(sampled))
+        work = (len(plan.work), sum(plan.work.values()), *dead)
         memory = (waiting, len(running), *idle, host_tokens, blocked, moved["copy"], moved["out"], moved["in"])
-        self._rows["steps"].append((*work, *memory, len(plan.preempted), compiled))
+        self._in_flight.append((work, (*memory, len(plan.preempted), compiled)))
         self.next_step += 1
+
+    def collected(self, start_s: float, end_s: float, sampled: Mapping[Sequence, list[Sampled]]) -> None:
+        """When the oldest step in flight ran, and the tokens it gave."""
+        work, memory = self._in_flight.popleft()
+        self._rows["steps"].append((self.collected_step, start_s, end_s, *work, self._draw(sampled), *memory))
         self._flush(self.chunk_rows)
 
     def close(self) -> None:
         """Write what is left; sequences still in memory end their tenures here. The record appears under its name."""
+        assert not self._in_flight, "collect all steps first"
         self._leave(list(self._open))
         for request, _ in list(self._unfinished.values()):
             self._finish(request)
@@ -226,9 +237,12 @@ class Recorder:
             if len(rows) >= least:
                 self._sink.write(name, list(zip(*rows, strict=True)))
                 rows.clear()
-        for name, columns in (("samples", self._samples), ("tokens", self._tokens)):
+        for name, columns, now in (
+            ("samples", self._samples, self.next_step),
+            ("tokens", self._tokens, self.collected_step + 1),
+        ):
             if len(columns) >= least:
-                self._sink.write(name, columns.take(self.next_step, self.block))
+                self._sink.write(name, columns.take(now, self.block))
 
 
 def counted_before(tables: Iterable[Seq[int]]) -> list[int]:

@@ -58,6 +58,7 @@ class Run:
     max_tokens: int | None = None  # that clients ask for; None: what the workload says, or the forced output itself
     prefix: int = 0  # tokens that all prompts begin with, before their own
     reserve_prefix: bool = False  # computed once, before the first request, and kept (Kwon et al., section 4.4)
+    depth: int = 0  # steps that run while the next is planned: 1 hides the host's work behind the device's
     executor: str = "simulated"
     model: str = "opt-13b"
     hardware: str = "a100-40gb"  # the virtual clock's: a name, or a JSON file of fitted step times
@@ -132,7 +133,7 @@ def carry_out(run: Run, path: Path | None, tell: Progress = lambda share: None) 
                 tell(min(1.0, max(executor.now / until_s, count / (run.steps or math.inf), ended / len(requests))))
             return count != run.steps
 
-        engine = Engine(scheduler, executor, recorder, eos=eos, on_end=on_end)
+        engine = Engine(scheduler, executor, recorder, eos=eos, on_end=on_end, depth=run.depth)
         if run.reserve_prefix:
             engine.reserve(range(run.prefix))
         if not run.simulated:

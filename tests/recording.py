@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from lab.allocators import Allocator, Idle, blocks
 from lab.core import Group, Move, Plan, Request, Sampled, SamplingParams, Sequence
 from lab.record import Recorder
@@ -61,6 +63,24 @@ def group(request_id: int = 0, prompt: int = 6, output: int | None = 3, n: int =
     return Group(Request(request_id, arrival_s, range(prompt), output, SamplingParams(max_tokens=8, n=n)))
 
 
+def step(
+    recorder: Recorder,
+    start_s: float,
+    end_s: float,
+    plan: Plan,
+    sampled: Mapping[Sequence, list[Sampled]],
+    pool: Allocator,
+    live: Iterable[Sequence],
+    ended: Iterable[Sequence],
+    waiting: int,
+    host_tokens: int,
+    compiled: bool = False,
+) -> None:
+    """One that is collected before the next is launched."""
+    recorder.launched(start_s, plan, pool, live, ended, waiting, host_tokens, compiled)
+    recorder.collected(start_s, end_s, sampled)
+
+
 def serve(recorder: Recorder) -> None:
     """Request 0: two outputs of 3 tokens, with a shared prompt; 1 is refused; 2 is preempted and cancelled."""
     pool = Shelf()
@@ -74,7 +94,7 @@ def serve(recorder: Recorder) -> None:
     table = [3, 4]
     pool.tables[first], pool.asked[first], first.computed = table, 5, 5
     plan = Plan(work={first: 5}, admitted={a: 0}, blocked=c, padding={first: (2, 7)})
-    recorder.step(0.25, 1.0, plan, {}, pool, [first], [], 1, 0, compiled=True)
+    step(recorder, 0.25, 1.0, plan, {}, pool, [first], [], 1, 0, compiled=True)
     pool.tables[second], pool.asked[second], second.computed = [3, 7], 6, 6
     table.append(5)
     pool.asked[first], first.computed = 9, 6
@@ -83,7 +103,7 @@ def serve(recorder: Recorder) -> None:
         s.tokens.append(token)
     plan = Plan(work={first: 1, second: 1, only: 4}, moves=[Move("copy", 4, 7, 1)], admitted={c: 0}, forked=[second])
     drawn = {first: [Sampled(11, -0.5)], second: [Sampled(12, -1.0)], only: [Sampled(13, -2.0)]}
-    recorder.step(1.0, 1.5, plan, drawn, pool, [first, second, only], [], 0, 0)
+    step(recorder, 1.0, 1.5, plan, drawn, pool, [first, second, only], [], 0, 0)
     del pool.tables[only]
     c.preemptions, only.computed = 1, 0
     for s, tokens in ((first, (21, 31)), (second, (22, 32))):
@@ -91,12 +111,12 @@ def serve(recorder: Recorder) -> None:
         s.computed = pool.asked[s] = 8
     plan = Plan(work={first: 2, second: 2}, preempted={c: 4}, swapped={c}, moves=[Move("out", 10, 0, 4)])
     drawn = {first: [Sampled(21), Sampled(31)], second: [Sampled(22), Sampled(32)]}
-    recorder.step(1.5, 2.0, plan, drawn, pool, [first, second], [], 1, 4)
+    step(recorder, 1.5, 2.0, plan, drawn, pool, [first, second], [], 1, 4)
     a.live.remove(second)
     a.ended.append(second)
     recorder.ended(2.0, second, "length")
     pool.tables[only], only.computed = range(20, 22), 4
     plan = Plan(admitted={c: 4}, swapped={c}, moves=[Move("in", 0, 20, 4)])
-    recorder.step(2.0, 2.5, plan, {}, pool, [first, only], [second], 0, 0)
+    step(recorder, 2.0, 2.5, plan, {}, pool, [first, only], [second], 0, 0)
     recorder.cancelled(2.5, c)
     recorder.ended(2.5, first, "length")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recording import Shelf, group, serve
+from recording import Shelf, group, serve, step
 
 from lab import metrics
 from lab.allocators import Usage, account
@@ -114,7 +114,7 @@ def test_tenures_of_a_table_that_is_replaced() -> None:
     s = group().live[0]
     for table in ([4, 5, 6, 9], [4, 5, 6, 8], [4, 5, 6, 8], [7], []):
         pool.tables[s], pool.asked[s] = table, 0
-        recorder.step(0, 0, Plan(), {}, pool, [s], [], 0, 0)
+        step(recorder, 0, 0, Plan(), {}, pool, [s], [], 0, 0)
     recorder.close()
     columns = ["first", "count", "from_step", "to_step"]
     rows = recorder.record().tenures[columns].to_numpy().tolist()
@@ -130,7 +130,7 @@ def test_memory_held_is_bounded(tmp_path: Path) -> None:
             recorder.arrived(float(i), g.request)
             pool.extend(s, 6)
             s.tokens.append(1)
-            recorder.step(i, i + 1, Plan(work={s: 6}, admitted={g: 0}), {s: [Sampled(1)]}, pool, [s], [], 0, 0)
+            step(recorder, i, i + 1, Plan(work={s: 6}, admitted={g: 0}), {s: [Sampled(1)]}, pool, [s], [], 0, 0)
             recorder.ended(i + 1, s, "stop")
             pool.release(s)
             buffers = [len(rows) for rows in recorder._rows.values()]
@@ -160,7 +160,7 @@ def test_categories_are_those_of_account(operations: list[tuple[str, int]], most
         act(pool, live, ended, what, pick, i, recorder)
         if live:
             live.append(live.pop(pick % len(live)))  # the order is that of ranks, which change
-        recorder.step(i, i + 1, Plan(), {}, pool, live, ended, 0, 0)
+        step(recorder, i, i + 1, Plan(), {}, pool, live, ended, 0, 0)
         expected.append(account(pool, live, ended))
     recorder.close()
     table = metrics.categories(recorder.record())
@@ -206,9 +206,9 @@ def test_a_group_that_is_admitted_and_lost_in_one_plan_was_admitted() -> None:
     recorder.arrived(0.0, lost.request)
     lost.preemptions = 1
     plan = Plan(admitted={lost: 0}, preempted={lost: 0})
-    recorder.step(0.0, 1.0, plan, {}, Shelf(128, 4), [], [], 1, 0)
+    step(recorder, 0.0, 1.0, plan, {}, Shelf(128, 4), [], [], 1, 0)
     again = Plan(admitted={lost: 0})
-    recorder.step(1.0, 2.0, again, {}, Shelf(128, 4), [], [], 0, 0)
+    step(recorder, 1.0, 2.0, again, {}, Shelf(128, 4), [], [], 0, 0)
     recorder.close()
     assert recorder.record().events["kind"].tolist() == ["arrived", "admitted", "preempted", "resumed"]
 

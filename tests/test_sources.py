@@ -114,6 +114,7 @@ OTHER = {
     "max_tokens": 512,
     "reserve_prefix": True,
     "drain": True,
+    "depth": 1,
 }
 
 

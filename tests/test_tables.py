@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from recording import Shelf, group, serve
+from recording import Shelf, group, serve, step
 
 from lab.core import InputError, Plan, Sampled
 from lab.record import FORMAT, Record, Recorder, describe
@@ -128,7 +128,7 @@ def test_one_flipped_bit_is_noticed(tmp_path: Path) -> None:
     pool, s = Shelf(), group().live[0]
     with Recorder(tmp_path / "run", {}) as recorder:
         for i in range(4000):
-            recorder.step(i, i, Plan(), {s: [Sampled(i, -math.sqrt(i))]}, pool, [], [], 0, 0)
+            step(recorder, i, i, Plan(), {s: [Sampled(i, -math.sqrt(i))]}, pool, [], [], 0, 0)
     file = tmp_path / "run" / "tokens.parquet"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1

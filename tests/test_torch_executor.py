@@ -13,13 +13,16 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lab.core import Group, InputError, Move, Plan, Request, SamplingParams, Sequence
+from lab.allocators.paged import Paged
+from lab.core import Group, InputError, Limits, Move, Plan, Request, SamplingParams, Sequence
+from lab.engine import Engine
 from lab.executors.batch import lay_out
 from lab.executors.cache import HOST_SLAB, BlockMove, KVCache, free_bytes, independent, split
 from lab.executors.torch import TorchExecutor, compile_counter
 from lab.models import KVShape, LanguageModel
 from lab.models.decoder import Decoder
 from lab.models.packed import PackedModel, implementation
+from lab.schedulers.continuous import Continuous
 
 torch.set_num_threads(1)
 BLOCK = 4
@@ -320,6 +323,34 @@ def test_two_steps_in_flight(model: LanguageModel, theirs: Any) -> None:
             s.tokens[-1] = sampled[0].token
     assert set(executor.collect()) == set(sequences)
     assert [s.tokens for s in sequences] == [generate(theirs, prompt, 6) for prompt in prompts()]
+
+
+def served(model: LanguageModel, preemption: str, depth: int) -> tuple[dict[int, list[list[int]]], int, int]:
+    """The outputs of requests in tight memory, how often one was preempted, and most steps in flight."""
+    memory = Paged(16 * BLOCK, BLOCK, Limits(tokens=16, length=60))
+    scheduler = Continuous(memory, watermark=0.0, preemption=preemption)
+    executor = executor_for(model, memory.capacity, poison=True)
+    drawn = {"max_tokens": 14, "temperature": 1.0, "seed": 3, "stop": tuple(range(8))}
+    kinds: list[dict[str, Any]] = [{"max_tokens": 20}, drawn, drawn | {"n": 3}, {"max_tokens": 6, "beams": 2, "n": 2}]
+    requests = [Request(i, 0.0, prompts()[i % 3], None, SamplingParams(**kinds[i % 4])) for i in range(12)]
+    groups: list[Group] = []
+    engine = Engine(scheduler, executor, on_end=groups.append, eos=(90, 91, 92), depth=depth)
+    in_flight: list[int] = []
+    engine.run(requests, go_on=lambda: in_flight.append(len(engine.flights)) or True)  # type: ignore[func-returns-value]
+    assert memory.idle().free == memory.capacity
+    return {g.request.id: g.outputs() for g in groups}, sum(g.preemptions for g in groups), max(in_flight)
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "swap"])
+def test_text_is_the_same_with_a_step_in_flight(model: LanguageModel, preemption: str) -> None:
+    texts, preemptions, in_flight = served(model, preemption, depth=0)
+    assert in_flight == 0
+    assert preemptions
+    assert len({len(output) for outputs in texts.values() for output in outputs}) > 5, "some are stopped, some not"
+    again, preemptions, in_flight = served(model, preemption, depth=1)
+    assert in_flight == 1
+    assert preemptions
+    assert again == texts
 
 
 def test_tables_are_read_at_launch_only(model: LanguageModel) -> None:

@@ -32,6 +32,7 @@ class Allocator:
     and reports: on failure nothing has changed.
     """
 
+    publishes = False  # finds blocks by their content: a step is collected before the next is planned
     grows = True  # may ask for more memory while a sequence runs; False where all of it is reserved at admission
 
     def __init__(self, capacity: int, block: int = 16, limits: Limits | None = None) -> None:

@@ -67,6 +67,15 @@ class Host:
         tables = [table for table, _ in self.saved.pop(group, {}).values()]
         self.free += dict.fromkeys(b for table in tables for b in table)
 
+    def forget(self, s: Sequence) -> None:
+        """One of a group, which has ended; blocks that others of it are in stay."""
+        saved = self.saved.get(s.group, {})
+        table, _ = saved.pop(s, ([], 0))
+        kept = {b for others, _ in saved.values() for b in others}
+        self.free += [b for b in table if b not in kept]
+        if not saved:
+            self.saved.pop(s.group, None)
+
     def _restore(self, allocator: Allocator, group: Group, s: Sequence, hit: int) -> bool:
         """`hit` of its tokens are on the device already, in whole blocks."""
         table, tokens = self.saved[group][s]

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from kernels.ragged import Ragged, Row
 from kernels.upload import upload
-from lab.core import Plan, Sequence
+from lab.core import UNKNOWN, Plan, Sequence
 from lab.models import Packed
 
 NOWHERE = -1  # slot of a token whose K and V are not kept
-UNKNOWN = -1  # token id that the step before this one, still running, will give
 
 
 def slots_of(table: Seq[int], first: int, end: int, block: int) -> list[int]:

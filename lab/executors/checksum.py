@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 
-from lab.core import Plan, Request, Sampled, Sequence
+from lab.core import UNKNOWN, Plan, Request, Sampled, Sequence
 
 MASK = (1 << 61) - 1
 GARBAGE = 0xDEAD
@@ -102,7 +102,10 @@ class ChecksumExecutor:
     def _store(self, s: Sequence, table: Seq[int], tokens: int) -> None:
         for p in range(s.computed, s.computed + tokens):
             before = self.device[self._slot(table, p - 1)] if p else 0
-            self.device[self._slot(table, p)] = mix(before, s.tokens[p])
+            token = s.tokens[p]
+            if token == UNKNOWN:
+                token = self.launched[-1][s][0].token  # which the step before drew
+            self.device[self._slot(table, p)] = mix(before, token)
 
     def _next(self, s: Sequence, table: Seq[int]) -> Sampled:
         total = 0

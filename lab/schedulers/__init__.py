@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 from lab.allocators import Allocator
 from lab.allocators.swap import Host
-from lab.core import Group, InputError, Limits, Plan, Registry, Sequence
+from lab.core import Group, InputError, Limits, Plan, Registry, Request, Sequence
 
 SCHEDULERS = Registry("scheduler", __name__)
 PREEMPTION = ("recompute", "swap")
@@ -63,6 +63,31 @@ class Scheduler:
         """Decide one step. `more`: requests are still to come."""
         raise TypeError(f"{type(self).__name__} must define schedule()")
 
+    def refusal(self, request: Request) -> str | None:
+        """Why the request can never run here, not even alone, or None."""
+        limit = self.limits.length
+        tokens = len(request.prompt) + (request.output or 1)
+        if tokens > limit:
+            return (
+                f"request {request.id}: {len(request.prompt)} prompt and {request.output or 1} output tokens exceed "
+                f"the limit of {limit} tokens a sequence; shorten it or take a model with a longer context"
+            )
+        width = request.sampling.width
+        most = min(self.limits.seqs, self.limits.tokens)
+        if width > most:
+            rule = f"{width} sequences exceed the {most} of a step"
+            return f"request {request.id}: {rule}; lower n or beams"
+        try:
+            fits = self.allocator.fits(request)
+        except InputError as error:
+            return str(error)
+        if not fits:
+            return (
+                f"request {request.id}: {width} x {min(request.most, limit)} tokens do not fit an empty "
+                f"pool of {self.allocator.capacity} tokens under this allocator; enlarge it or lower max_tokens"
+            )
+        return None
+
     def submit(self, group: Group) -> None:
         self.waiting.append(group)
 
@@ -82,6 +107,12 @@ class Scheduler:
             self.allocator.release(s)
             if not s.group.live and s.group in self.running:
                 self.running.remove(s.group)
+
+    def forget(self, s: Sequence) -> None:
+        """It was preempted while the token on its way was its last: it holds nothing on the device."""
+        self.host.forget(s)
+        if not s.group.live:
+            self.waiting.remove(s.group)
 
     def admit(self, group: Group, plan: Plan) -> bool:
         """From the head of the queue into the running ones, memory permitting."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-POLICIES = ("extents", "engine", "continuous", "static", "checksum", "allocators", "prefixes", "beams")
+POLICIES = ("extents", "engine", "continuous", "static", "checksum", "allocators", "prefixes", "beams", "depth")
 POLICY_TESTS = tuple(f"tests/policies/test_{name}.py" for name in POLICIES)
 
 
@@ -141,6 +141,48 @@ BUGS = (
         "lab/schedulers/__init__.py",
         "            plan.swapped.add(group)\n        else:\n            group.forks.clear()\n",
         "            plan.swapped.add(group)\n        group.forks.clear()\n",
+    ),
+    Bug(
+        "depth 1: a row that was dead when it was computed gives a token",
+        "lab/engine.py",
+        "                    del tokens[at:]\n",
+        "",
+    ),
+    Bug(
+        "depth 1: a value takes the place of the one that is to come after it",
+        "lab/engine.py",
+        "                at -= 1  # the other one",
+        "                pass  # the other one",
+    ),
+    Bug(
+        "depth 1: a group is complete though a last token is on its way",
+        "lab/core.py",
+        "not self.live and all(s.tokens[-1] != UNKNOWN for s in self.ended)",
+        "not self.live",
+    ),
+    Bug(
+        "depth 1: a beam search goes on without its values",
+        "lab/engine.py",
+        " and not any(s.group.together for s in plan.work)",
+        "",
+    ),
+    Bug(
+        "depth 1: host memory of an output that has ended is not given back",
+        "lab/allocators/swap.py",
+        "self.free += [b for b in table if b not in kept]",
+        "pass",
+    ),
+    Bug(
+        "depth 1: who ended while preempted waits to be resumed",
+        "lab/engine.py",
+        "                self.scheduler.forget(s)\n",
+        "                pass\n",
+    ),
+    Bug(
+        "depth 1: a request is cancelled before what is in flight has come",
+        "lab/engine.py",
+        "            self._land()  # then nothing of it is in flight\n",
+        "",
     ),
     Bug(
         "accounting: the slot after the last computed token counts as stored",

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 from lab.allocators import ALLOCATORS, Allocator, account
-from lab.core import Group, InputError, Limits, Plan, Request, Sampled, SamplingParams, Sequence
+from lab.core import UNKNOWN, Group, InputError, Limits, Plan, Request, Sampled, SamplingParams, Sequence
 from lab.engine import Engine
 from lab.executors.checksum import ChecksumExecutor
 from lab.schedulers import SCHEDULERS
@@ -55,19 +56,21 @@ def with_beams(requests: list[Request]) -> list[Request]:
     return [replace(r, sampling=beams.get(r.id, r.sampling)) for r in requests]
 
 
-def requests_for(allocator: str, kind: str, seed: int = 0, count: int = 40) -> list[Request]:
-    """Stop tokens too, unless the allocator is an oracle; and in the middle one request that must be refused.
+def requests_for(allocator: str, kind: str, seed: int = 0, count: int = 40, forced: bool = False) -> list[Request]:
+    """Stop tokens too, unless the allocator is an oracle, and beams; and in the middle one that must be refused.
 
-    The longer a request, the fewer its outputs, so that no single one needs a pool in which all others are at ease.
+    With `forced` every length is known beforehand: no stops, no searches. The longer a request, the fewer its outputs,
+    so that no single one needs a pool in which all others are at ease.
     """
     requests = {"random": random_requests, "adversarial": adversarial_requests}[kind](seed, count)
     requests = [replace(r, sampling=replace(r.sampling, n=max(1, min(r.sampling.n, 64 // r.most)))) for r in requests]
-    try:
-        ALLOCATORS.get(allocator)(4096, BLOCK[kind], LIMITS).fits(Request(0, 0.0, range(4)))
-        requests = with_stops(requests)
-    except InputError:
-        pass
-    requests = with_beams(requests)
+    if not forced:
+        try:
+            ALLOCATORS.get(allocator)(4096, BLOCK[kind], LIMITS).fits(Request(0, 0.0, range(4)))
+            requests = with_stops(requests)
+        except InputError:
+            pass
+        requests = with_beams(requests)
     middle = len(requests) // 2
     too_long = Request(TOO_LONG, requests[middle].arrival_s, range(LIMITS.length), 1)
     return [*requests[:middle], too_long, *requests[middle:]]
@@ -82,6 +85,29 @@ def smallest_pool(allocator: str, block: int, requests: Iterable[Request]) -> in
     return tokens
 
 
+def written(plan: Plan) -> tuple[Any, ...]:
+    """What a plan says, to be compared with that of another run."""
+
+    def name(s: Sequence) -> tuple[int, int]:
+        return s.group.request.id, s.index
+
+    work = [(name(s), tokens) for s, tokens in plan.work.items()]
+    padding = [(name(s), dead) for s, dead in plan.padding.items()]
+    groups = [
+        [(group.request.id, tokens) for group, tokens in some.items()] for some in (plan.admitted, plan.preempted)
+    ]
+    blocked = plan.blocked and plan.blocked.request.id
+    return (
+        work,
+        padding,
+        groups,
+        plan.moves,
+        {g.request.id for g in plan.swapped},
+        list(map(name, plan.forked)),
+        blocked,
+    )
+
+
 class Watch:
     """Implements the engine's Recorder: counts what happened, checks the account, cancels requests at random."""
 
@@ -93,6 +119,8 @@ class Watch:
         self.count: Counter[str] = Counter()
         self.refusals: dict[int, str] = {}
         self.cancellations: dict[int, Group] = {}
+        self.plans: list[Any] = []
+        self.end_s = 0.0  # of the step before
         self.extents: dict[Sequence, Seq[int]] = {}  # the tables of the step before
 
     def arrived(self, time_s: float, request: Request) -> None: ...
@@ -108,12 +136,10 @@ class Watch:
         assert not any(s in self.engine.allocator.tables for s in group.sequences), "a cancelled group holds memory"
         assert group not in self.engine.scheduler.host.saved, "a cancelled group holds host memory"
 
-    def step(
+    def launched(
         self,
-        start_s: float,
-        end_s: float,
+        time_s: float,
         plan: Plan,
-        sampled: Mapping[Sequence, list[Sampled]],
         allocator: Allocator,
         live: Iterable[Sequence],
         ended: Iterable[Sequence],
@@ -121,6 +147,7 @@ class Watch:
         host_tokens: int,
         compiled: bool = False,
     ) -> None:
+        self.plans.append(written(plan))
         self.count["steps"] += 1
         self.count["preempted"] += len(plan.preempted)
         searching = [s for s in plan.forked if s.group.together and len(s.tokens) > len(s.group.request.prompt) + 1]
@@ -129,7 +156,7 @@ class Watch:
         self.count["hit"] += sum(hit > 0 for g, hit in plan.admitted.items() if g not in plan.swapped)
         self.count["blocked"] += plan.blocked is not None
         self.count["padded"] += bool(plan.padding)
-        self.count["chunked"] += any(s.pending > 1 and s not in sampled for s in plan.work)
+        self.count["chunked"] += any(s.pending > 1 for s in plan.work)
         assert sum(plan.work.values()) <= LIMITS.tokens, "more tokens in a step than its limit"
         assert len(plan.work) <= LIMITS.seqs, "more sequences in a step than its limit"
         if self.accounts:
@@ -138,6 +165,12 @@ class Watch:
         self._extents(plan, allocator)
         if self.cancels and self.count["steps"] % 10 == 0:
             self._cancel()
+
+    def collected(self, start_s: float, end_s: float, sampled: Mapping[Sequence, list[Sampled]]) -> None:
+        self.count["overlaps"] += len(self.engine.flights)
+        assert self.end_s <= start_s <= end_s, "two steps at the same time"
+        self.end_s = end_s
+        assert not any(sample.token == UNKNOWN for samples in sampled.values() for sample in samples)
 
     def _extents(self, plan: Plan, allocator: Allocator) -> None:
         """Counts extents that moved, and such that grew where they were, while their sequence ran."""
@@ -169,13 +202,19 @@ def serve(
     pool: int,
     block: int,
     watch: Watch,
+    depth: int = 0,
 ) -> tuple[dict[int, Group], ChecksumExecutor]:
     """Run to the end; the groups that completed, by request id, and the executor."""
     memory = ALLOCATORS.get(allocator)(pool, block, LIMITS)
     policy = SCHEDULERS.get(scheduler)(memory, LIMITS, preemption=preemption, batch=4, timeout_s=3.0)
     executor = ChecksumExecutor(memory.num_blocks, block, host_blocks=policy.host.num_blocks)
     groups: dict[int, Group] = {}
-    engine = Engine(policy, executor, watch, on_end=lambda group: groups.update({group.request.id: group}))
+
+    def on_end(group: Group) -> None:
+        assert not any(UNKNOWN in s.tokens for s in group.ended), "told of its end before its last token has come"
+        groups[group.request.id] = group
+
+    engine = Engine(policy, executor, watch, on_end=on_end, depth=depth)
     watch.engine = engine
     empty = memory.idle()
     engine.run(requests)
@@ -189,5 +228,7 @@ def serve(
     assert not policy.running
     assert not policy.waiting
     assert not engine.groups
+    assert not engine.flights
+    assert not executor.launched
     assert empty.free == memory.capacity
     return groups, executor

@@ -26,15 +26,17 @@ class Bench:
         blocks: int = 1000,
         block: int = 4,
         limits: Limits | None = None,
+        depth: int = 0,
         **options: Any,
     ) -> None:
         self.limits = limits or Limits()
         self.allocator: Allocator = ALLOCATORS.get(allocator)(blocks * block, block, self.limits)
         self.scheduler: Scheduler = SCHEDULERS.get(scheduler)(self.allocator, self.limits, **options)
         self.executor = ChecksumExecutor(self.allocator.num_blocks, block, host_blocks=self.scheduler.host.num_blocks)
-        self.engine = Engine(self.scheduler, self.executor, on_end=lambda group: self.ended.append(group.request.id))
+        self.engine = Engine(self.scheduler, self.executor, on_end=self._on_end, depth=depth)
         self.plans: list[Plan] = []
         self.ended: list[int] = []
+        self.texts: dict[int, list[list[int]]] = {}
         decide = self.scheduler.schedule
 
         def schedule(now: float, more: bool) -> Plan:
@@ -43,10 +45,22 @@ class Bench:
 
         self.scheduler.schedule = schedule  # type: ignore[method-assign]
 
+    def _on_end(self, group: Group) -> None:
+        self.ended.append(group.request.id)
+        self.texts[group.request.id] = [tokens[len(group.request.prompt) :] for tokens in group.outputs()]
+
     def submit(self, *requests: Request) -> Bench:
         for one in requests:
             self.engine.submit(one)
         return self
+
+    def drain(self) -> None:
+        while self.engine.groups or self.engine.flights:
+            self.engine.step()
+        assert self.allocator.idle().free == self.allocator.capacity
+        assert not self.scheduler.host.used
+        assert not self.running
+        assert not self.waiting
 
     def step(self, more: bool = False, next_s: float = float("inf")) -> dict[int, int]:
         """Request id -> tokens computed for it in this step."""

@@ -47,10 +47,22 @@ def run(
 ) -> Counter[str]:
     """One run, its text compared; returns how often what happened."""
     requests = requests_for(allocator, kind, seed)
-    block = BLOCK[kind]
-    pool = smallest_pool(allocator, block, requests) if memory == "tight" else 4096
+    pool = smallest_pool(allocator, BLOCK[kind], requests) if memory == "tight" else 4096
     watch = Watch(accounts=accounts)
-    groups, executor = serve(requests, allocator, scheduler, preemption, pool, block, watch)
+    return served_right(requests, allocator, scheduler, preemption, pool, BLOCK[kind], watch)
+
+
+def served_right(
+    requests: list[Request],
+    allocator: str,
+    scheduler: str,
+    preemption: str,
+    pool: int,
+    block: int,
+    watch: Watch,
+    depth: int = 0,
+) -> Counter[str]:
+    groups, executor = serve(requests, allocator, scheduler, preemption, pool, block, watch, depth)
     for request in requests:
         if request.id in groups:
             outputs = [tokens[len(request.prompt) :] for tokens in groups[request.id].outputs()]
@@ -122,6 +134,30 @@ def test_roomy_memory(allocator: str, scheduler: str, preemption: str, kind: str
     assert not seen["preempted"]
     assert not seen["blocked"]
     assert not seen["out"]
+
+
+@preemptions
+@schedulers
+@allocators
+def test_tight_memory_with_a_step_in_flight(allocator: str, scheduler: str, preemption: str) -> None:
+    """Depth 1: the same text; and where lengths are known beforehand the plans of depth 0, to the last block."""
+    policy = Policy(allocator)
+    seen: Counter[str] = Counter()
+    for kind, block in BLOCK.items():
+        requests, forced = (requests_for(allocator, kind, count=24, forced=forced) for forced in (False, True))
+        pool = smallest_pool(allocator, block, requests)
+        at_once, in_flight, any_length = Watch(), Watch(accounts=kind == "adversarial"), Watch()
+        served_right(forced, allocator, scheduler, preemption, pool, block, at_once)
+        seen += served_right(forced, allocator, scheduler, preemption, pool, block, in_flight, depth=1)
+        assert in_flight.plans == at_once.plans
+        assert not at_once.count["overlaps"]
+        seen += served_right(requests, allocator, scheduler, preemption, pool, block, any_length, depth=1)
+    assert seen["overlaps"] == 0 if policy.finds else seen["overlaps"] > 100
+    needed = {"forked", "copy", "chunked", "length", "cancel running", "cancel waiting"}
+    needed |= (
+        ({"preempted", "out", "in"} if preemption == "swap" else {"preempted"}) if policy.preempts else {"blocked"}
+    )
+    assert not [what for what in needed if not seen[what]]
 
 
 @schedulers
