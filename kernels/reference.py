@@ -39,7 +39,7 @@ def attention(
     `window`: key j is seen by the query at p only if p - j < window. `softcap`: a logit s becomes softcap *
     tanh(s / softcap). `sinks` [H]: one more logit per head in the softmax's sum. A query that sees no key gives 0.
     """
-    check_attention(q, k_cache, v_cache, ragged, window, softcap, sinks)
+    check_attention(q, k_cache, v_cache, ragged, scale, window, softcap, sinks)
     out = q.new_empty(*q.shape[:2], v_cache.shape[3])  # [T, H, Dv]
     starts, contexts = ragged.starts.long(), ragged.lengths + ragged.dead
     counts = starts.diff()  # query tokens of each row
