@@ -19,8 +19,8 @@ Cost of a row with context L in a model of H query heads and Hk KV heads, K and 
 
     decode    Hk * L * (D + DV) * b bytes are read for 2 * H * L * (D + DV) operations, 2 * H / (Hk * b) per byte. That
               is 1 to 8 where a GPU could do hundreds: time = bytes / memory bandwidth.
-    split     8 * H * (DV + 1) bytes more per share, written and read: as much as 2 * H / (Hk * b) keys. At most one share
-              in 128 keys: under 2 % for groups of 4.
+    split     8 * H * (DV + 1) bytes more per share, written and read: as many as 4 * H / (Hk * b) keys have. A share has
+              at least 128 keys, so under 7 % in groups of 4; 8 rows of 8192 keys in 8 shares each: 0.8 %.
     prompt    H * L**2 * (D + DV) operations, half of the square being masked: time = operations / arithmetic rate.
 
 The block table adds 4 bytes per position and KV head: 1.6 % at D = DV = 64 in bfloat16, 0.8 % at 128.
@@ -42,6 +42,7 @@ from torch import Tensor
 
 from kernels.checks import check_attention
 from kernels.ragged import Ragged
+from kernels.softmax import walk
 from kernels.tuning import Machine, Tuning, best, machine, plan_splits
 
 MAX_HEAD_DIM = 256
@@ -70,10 +71,12 @@ def attention_kernel(
     row, start, left, first = _queries(places_ptr + 2 * place, starts_ptr, firsts_ptr, tile % PIECES, PIECES, TOKENS)
     # -- which keys --
     low, high, end = _span(first, min(left, TOKENS), lengths_ptr + row, dead_ptr + row, window, DEAD)
-    share = _share(end - low, share, tl.num_programs(2), N)
-    at = low + tl.program_id(2) * share
-    stop = min(end, at + share)
-    if (left <= 0) | ((at >= end) & (tl.program_id(2) > 0)):
+    at, stop = low, end
+    if parts_ptr is not None:
+        share = _share(end - low, share, tl.num_programs(2), N)
+        at += tl.program_id(2) * share
+        stop = min(end, at + share)
+    if (left <= 0) | ((at >= end) & (tl.program_id(2) > 0)):  # no queries in this piece, no keys for this split
         return
     m = tl.arange(0, TOKENS * HEADS)  # rows of the tile are pairs (token, head)
     head = part % HEAD_TILES * HEADS + m % HEADS  # [M] within the group
@@ -96,7 +99,7 @@ def attention_kernel(
     edges = _edges(at, stop, first, min(left, TOKENS), high, window, TOKENS, N)
     for stretch in tl.static_range(3):
         if (TOKENS > 1 and (stretch > 0 or window is not None)) or stretch == 2:
-            state = _walk(state, q, first + m // HEADS, edges[stretch], edges[stretch + 1], low, high, memory,
+            state = walk(state, q, first + m // HEADS, edges[stretch], edges[stretch + 1], low, high, memory,
                 logit_scale, cap, window, stretch != 1, BLOCK, PAGED, DEAD, D, D_PAD, DV, DV_PAD, N, UPCAST, PRECISION)
     largest, total, values = state
     values = values / tl.where(total == 0.0, 1.0, total)[:, None]  # no key seen: 0
@@ -109,47 +112,6 @@ def attention_kernel(
         parts_ptr += ((place.to(tl.int64) * heads + head) * tl.num_programs(2) + tl.program_id(2)) * (DV + 4)  # [M]
         tl.store(parts_ptr[:, None] + dv[None, :], values, mask=stored)
         tl.store(parts_ptr + DV, largest + tl.log2(total), mask=live)
-
-
-@triton.jit
-def _walk(
-    state, q, query, begin, stop, low, high, memory, logit_scale, cap, window,
-    MASKED: tl.constexpr, BLOCK: tl.constexpr, PAGED: tl.constexpr, DEAD: tl.constexpr, D: tl.constexpr,
-    D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, N: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Take keys [begin, stop) into the softmax. Not MASKED: each query sees them all, and N divides their number."""
-    largest, total, values = state
-    table, k_ptr, stride_k_block, stride_k_offset, v_ptr, stride_v_block, stride_v_offset = memory
-    d, dv = tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
-    blocks = _look_up(begin + tl.arange(0, N), low, high, stop, table, BLOCK, PAGED, DEAD)
-    for at in tl.range(begin, stop, N):
-        key = at + tl.arange(0, N)
-        block_id, offset = _address(key, blocks, low, high, BLOCK, PAGED, DEAD)
-        if PAGED:  # one step ahead: did the loads below depend on this one, only half as many would be in flight
-            blocks = _look_up(key + N, low, high, stop, table, BLOCK, PAGED, DEAD)
-        k_offsets = (block_id * stride_k_block + offset * stride_k_offset)[:, None] + d[None, :]
-        v_offsets = (block_id * stride_v_block + offset * stride_v_offset)[:, None] + dv[None, :]
-        k = _load(k_ptr + k_offsets, key < stop, d, MASKED, D, D_PAD)  # [N, D_PAD]
-        logits = _dot(q, tl.trans(k), UPCAST, PRECISION)  # [M, N]
-        scale = logit_scale  # to base 2; multiplied where it is used, there it costs nothing
-        if cap is not None:  # cap * tanh(x); logit_scale makes the logits 2 * x * log2(e)
-            logits = cap * (1 - 2 / (1 + tl.exp2(logits * scale)))
-            scale = 1.0
-        if MASKED:
-            seen = (key < high)[None, :] & (key[None, :] <= query[:, None])
-            if window is not None:
-                seen &= query[:, None] - key[None, :] < window
-            logits = tl.where(seen, logits, float("-inf"))
-        larger = tl.maximum(largest, tl.max(logits, 1) * scale)
-        weights = tl.exp2(logits * scale - larger[:, None])
-        shrink = tl.exp2(largest - larger)
-        # A masked load gives 0, not what lies there: 0 times a NaN would be NaN.
-        v = _load(v_ptr + v_offsets, key < stop, dv, MASKED, DV, DV_PAD)  # [N, DV_PAD]
-        values = values * shrink[:, None] + _dot(weights.to(v.dtype), v, UPCAST, PRECISION)
-        total = total * shrink + tl.sum(weights, 1)
-        largest = larger
-    return largest, total, values
 
 
 @triton.jit(do_not_specialize=["share"])
@@ -205,12 +167,12 @@ def _span(first, tokens, length_ptr, dead_ptr, window, DEAD: tl.constexpr):
 @triton.jit
 def _share(keys, least, splits, N: tl.constexpr):
     """Keys of each split, in whole steps: a row's splits run out of keys where it is short."""
-    return max(least, tl.cdiv(tl.cdiv(keys, splits), N) * N)
+    return tl.cdiv(max(least, tl.cdiv(keys, splits)), N) * N
 
 
 @triton.jit
 def _edges(at, stop, first, tokens, high, window, TOKENS: tl.constexpr, N: tl.constexpr):
-    """Between the second and the third edge every query sees every key; masks cost as much time as a fifth of the rest.
+    """Where masks are needed: they make 40 % more instructions.
 
     at            whole                         whole_end     stop
     | window: not | all see all, in steps of N  | diagonal,   |
@@ -218,53 +180,12 @@ def _edges(at, stop, first, tokens, high, window, TOKENS: tl.constexpr, N: tl.co
     | the last    |                             | positions   |
     """
     whole = at
-    if window is not None:
-        if TOKENS > 1:
-            whole = min(stop, at + tl.cdiv(max(first + tokens - window - at, 0), N) * N)
+    if window is not None and TOKENS > 1:
+        whole = min(stop, at + tl.cdiv(max(first + tokens - window - at, 0), N) * N)
     whole_end = whole
     if TOKENS > 1:  # a decode, short of bandwidth, has time for masks, and none to start a second loop
         whole_end += max(min(first + 1, high, stop) - whole, 0) // N * N
     return at, whole, whole_end, stop
-
-
-@triton.jit
-def _look_up(key, low, high, stop, table, BLOCK: tl.constexpr, PAGED: tl.constexpr, DEAD: tl.constexpr):
-    """What the block table has for positions key [N]; beyond stop, for the last one. Contiguous: its only entry."""
-    if PAGED:
-        return tl.load(table + _wrap(tl.minimum(key, stop - 1), low, high, DEAD) // BLOCK)
-    else:
-        return tl.load(table)
-
-
-@triton.jit
-def _address(key, blocks, low, high, BLOCK: tl.constexpr, PAGED: tl.constexpr, DEAD: tl.constexpr):
-    """Block id and offset of positions key [N]. Here and in _look_up lies all that tells paged from contiguous memory."""
-    key = _wrap(key, low, high, DEAD)
-    block_id = blocks if PAGED else blocks + key // BLOCK
-    return block_id.to(tl.int64), key % BLOCK
-
-
-@triton.jit
-def _wrap(key, low, high, DEAD: tl.constexpr):
-    return low + (key - low) % (high - low) if DEAD else key  # dead positions wrap around inside the live ones
-
-
-@triton.jit
-def _load(pointers, stored, column, MASKED: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr):
-    if MASKED:
-        return tl.load(pointers, mask=stored[:, None] & (column < SIZE)[None, :], other=0.0)
-    elif SIZE < PADDED:
-        return tl.load(pointers, mask=(column < SIZE)[None, :], other=0.0)
-    else:
-        return tl.load(pointers)
-
-
-@triton.jit
-def _dot(a, b, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
-    """a @ b, summed in float32. UPCAST for Triton's interpreter, which multiplies bfloat16's raw bits as integers."""
-    if UPCAST:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
 
 
 class Specialised(NamedTuple):
@@ -286,7 +207,7 @@ def specialise(
     on: Machine,
     tuning: Tuning | None = None,
 ) -> Specialised:
-    """How tiles of `tile` query tokens are computed: by shape, as `kernels.tuning` knows, never by paged or contiguous."""
+    """How tiles of `tile` query tokens are computed: by shape, as `kernels.tuning` knows, not by paged or contiguous."""
     padded = [max(16, triton.next_power_of_2(size)) for size in head_dims]
     tuning = tuning or best(tile, group, max(padded), dtype.itemsize, on)
     interpreted = not isinstance(attention_kernel, triton.JITFunction)
@@ -337,7 +258,13 @@ def attention(
     # The kernel computes in base 2; under a cap it needs 2 x log2(e) for x = logit / cap.
     logit_scale, cap = (scale * LOG2_E, None) if softcap is None else (2 * scale * LOG2_E / softcap, softcap * LOG2_E)
     rows = (ragged.starts, ragged.firsts, ragged.lengths, ragged.dead)
-    strides = (*q.stride()[:2], *out.stride()[:2], ragged.tables.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3])
+    strides = (
+        *q.stride()[:2],
+        *out.stride()[:2],
+        ragged.tables.stride(0),
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+    )
     shape = group, head_dims, ragged.block, ragged.paged, ragged.any_dead, q.dtype, on, tuning
     with torch.cuda.device_of(q):
         for tokens, places in ragged.tiles:
@@ -368,7 +295,11 @@ def _combine(
     parts: Tensor, out: Tensor, share: int, rows: tuple[Tensor, ...], window: int | None, tile: dict[str, Any]
 ) -> None:
     places, num_heads, splits, _ = parts.shape
+    constants = combining(splits, tile)
+    combine_kernel[num_heads, places](parts, out, share, *rows, window, *out.stride()[:2], **constants)
+
+
+def combining(splits: int, tile: dict[str, Any]) -> dict[str, Any]:
+    """Compile-time constants of `combine_kernel`."""
     constants = {name: tile[name] for name in ("DEAD", "DV", "DV_PAD", "N")}
-    constants |= {"SPLITS": splits, "SPLITS_PAD": triton.next_power_of_2(splits)}
-    grid = (num_heads, places)
-    combine_kernel[grid](parts, out, share, *rows, window, *out.stride()[:2], **constants)
+    return constants | {"SPLITS": splits, "SPLITS_PAD": triton.next_power_of_2(splits)}

@@ -15,6 +15,7 @@ from kernels.ragged import TILE_TOKENS
 
 TUNED = Path(__file__).with_name("tuned.json")
 AMPLE_SHARED_BYTES = 163 * 1024  # the A100's
+HOPPER_SHARED_BYTES = 227 * 1024
 RESIDENT = 4  # programs that a processor works on at a time, about: they wait for memory in turns
 FEWEST_KEYS = 128  # of a split: with fewer, starting it and combining cost more than it saves
 MOST_SPLITS = 64
@@ -78,6 +79,7 @@ def rule_of_thumb(tile: int, group: int, row_bytes: int, on: Machine) -> Tuning:
          128      2   16 rows, 64 keys, 4 warps     64 rows,  64 keys, 4 warps      128 rows, 128 keys, 8 warps
          256      2   16 rows, 32 keys, 4 warps     64 rows,  32 keys, 8 warps       64 rows,  32 keys, 8 warps
 
+    Prompts read 128 keys at a time where 3 stages of them fit (Hopper and later), elsewhere 64.
     float32 has half as many keys from 128 on, and 64 rows shared by 8 warps from 65 on. Loads run one step less ahead
     on GPUs with less shared memory than an A100 (sm_86, sm_89, sm_120); there prompts in float32 fit up to head_dim 64.
     """
@@ -91,13 +93,13 @@ def rule_of_thumb(tile: int, group: int, row_bytes: int, on: Machine) -> Tuning:
         heads = min(heads, 4)
         return Tuning(tile, heads, keys, 8 if wide and heads > 2 else 4, 2 if on.amd else 3 - small)
     heads = min(heads, 2)
-    if wide or small or on.amd:
-        return Tuning((64 if wide else 128) // heads, heads, keys, 8, 2 if on.amd or small else 3)
-    return Tuning(128 // heads, heads, 128, 8, 2)
+    if not wide and on.shared_bytes >= HOPPER_SHARED_BYTES:
+        keys *= 2
+    return Tuning((64 if wide else 128) // heads, heads, keys, 8, 2 if on.amd else 3 - small)
 
 
 def plan_splits(programs: int, longest: int, share: int, on: Machine) -> tuple[int, int]:
-    """(splits of every row of a decode, least keys of one). `programs` there are without any; `longest` context or more.
+    """(splits of every row of a decode, least keys of one). `programs`: without splits. `longest`: no row reads more keys.
 
     A small batch is split until every processor has RESIDENT programs; a large one only so that no row takes longer
     than the rest, at `share` keys. Only the host's numbers decide, so a CUDA graph keeps its grid; the device cuts each
