@@ -19,8 +19,8 @@ Cost of a row with context L in a model of H query heads and Hk KV heads, K and 
 
     decode    Hk * L * (D + DV) * b bytes are read for 2 * H * L * (D + DV) operations, 2 * H / (Hk * b) per byte. That
               is 1 to 8 where a GPU could do hundreds: time = bytes / memory bandwidth.
-    split     8 * H * (DV + 1) bytes more per share, written and read: as many as 4 * H / (Hk * b) keys have. A share has
-              at least 128 keys, so under 7 % in groups of 4; 8 rows of 8192 keys in 8 shares each: 0.8 %.
+    split     8 * H * (DV + 1) bytes more per share, written and read: as many as 4 * H / (Hk * b) keys have. A share
+              has at least 128 keys, so under 7 % in groups of 4; 8 rows of 8192 keys in 8 shares each: 0.8 %.
     prompt    H * L**2 * (D + DV) operations, half of the square being masked: time = operations / arithmetic rate.
 
 The block table adds 4 bytes per position and KV head: 1.6 % at D = DV = 64 in bfloat16, 0.8 % at 128.
@@ -62,14 +62,12 @@ def attention_kernel(
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    # -- which queries: a piece of one tile of the batch, and heads of one group --
+    # -- which queries: a piece of one tile of the batch, and heads of one group; which keys --
     HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    part, tile = tl.program_id(0), tl.program_id(1)  # neighbours read the same place: a decode's heads of one token,
-    if TOKENS > 1:
-        part, tile = tile, part  # a prompt's tiles of one head
+    # Neighbours read the same place: in a decode the heads of a row, in a prompt the tiles of a head.
+    part, tile = tl.program_id(1 if TOKENS > 1 else 0), tl.program_id(0 if TOKENS > 1 else 1)
     place, kv_head = tile // PIECES, part // HEAD_TILES
     row, start, left, first = _queries(places_ptr + 2 * place, starts_ptr, firsts_ptr, tile % PIECES, PIECES, TOKENS)
-    # -- which keys --
     low, high, end = _span(first, min(left, TOKENS), lengths_ptr + row, dead_ptr + row, window, DEAD)
     at, stop = low, end
     if parts_ptr is not None:
@@ -102,14 +100,15 @@ def attention_kernel(
             state = walk(state, q, first + m // HEADS, edges[stretch], edges[stretch + 1], low, high, memory,
                 logit_scale, cap, window, stretch != 1, BLOCK, PAGED, DEAD, D, D_PAD, DV, DV_PAD, N, UPCAST, PRECISION)
     largest, total, values = state
-    values = values / tl.where(total == 0.0, 1.0, total)[:, None]  # no key seen: 0
+    total = tl.where(total == 0.0, 1.0, total)  # no key seen: 0
+    values = values / total[:, None]
     stored = live[:, None] & (dv < DV)[None, :]
     if parts_ptr is None:
         out_offsets = (token * stride_out_token + head * stride_out_head)[:, None] + dv[None, :]
         tl.store(out_ptr + out_offsets, values.to(out_ptr.dtype.element_ty), mask=stored)
     else:
-        heads = tl.num_programs(0) // HEAD_TILES * GROUP
-        parts_ptr += ((place.to(tl.int64) * heads + head) * tl.num_programs(2) + tl.program_id(2)) * (DV + 4)  # [M]
+        head += place.to(tl.int64) * (tl.num_programs(0) // HEAD_TILES * GROUP)  # decodes only: axis 0 is heads
+        parts_ptr += (head * tl.num_programs(2) + tl.program_id(2)) * (DV + 4)  # [M]
         tl.store(parts_ptr[:, None] + dv[None, :], values, mask=stored)
         tl.store(parts_ptr + DV, largest + tl.log2(total), mask=live)
 
@@ -203,11 +202,12 @@ def specialise(
     block: int,
     paged: bool,
     dead: bool,
+    windowed: bool,
     dtype: torch.dtype,
     on: Machine,
     tuning: Tuning | None = None,
 ) -> Specialised:
-    """How tiles of `tile` query tokens are computed: by shape, as `kernels.tuning` knows, not by paged or contiguous."""
+    """How tiles of `tile` query tokens are computed: by shape, see `kernels.tuning`; never by paged or contiguous."""
     padded = [max(16, triton.next_power_of_2(size)) for size in head_dims]
     tuning = tuning or best(tile, group, max(padded), dtype.itemsize, on)
     interpreted = not isinstance(attention_kernel, triton.JITFunction)
@@ -223,7 +223,7 @@ def specialise(
         "DV_PAD": padded[1],
         "TOKENS": tuning.tokens,
         "HEADS": tuning.heads,
-        "N": tuning.keys,
+        "N": min(tuning.keys, 64) if windowed else tuning.keys,  # a window takes registers that 128 keys do not leave
         "UPCAST": interpreted and dtype == torch.bfloat16,
         # Exact float32 products: AMD has an instruction; on NVIDIA three products in tf32 come close to one.
         "PRECISION": "ieee" if on.amd else "tf32x3",
@@ -265,18 +265,18 @@ def attention(
         *k_cache.stride()[:3],
         *v_cache.stride()[:3],
     )
-    shape = group, head_dims, ragged.block, ragged.paged, ragged.any_dead, q.dtype, on, tuning
+    shape = group, head_dims, ragged.block, ragged.paged, ragged.any_dead, window is not None, q.dtype, on, tuning
     with torch.cuda.device_of(q):
         for tokens, places in ragged.tiles:
             tile = specialise(tokens, *shape)
-            programs = num_kv_heads * tile.head_tiles
-            grid: tuple[int, ...] = (len(places) * tile.constants["PIECES"], programs)
+            num_tiles, programs = places.shape[0], num_kv_heads * tile.head_tiles
+            grid: tuple[int, ...] = (num_tiles * tile.constants["PIECES"], programs)
             parts, share = None, 0
             if tokens == 1:
-                splits, share = _splits(ragged, window, len(places) * programs, tile, on)
-                grid = (programs, len(places), splits)
+                splits, share = _splits(ragged, window, num_tiles * programs, tile, on)
+                grid = (programs, num_tiles, splits)
                 if splits > 1:
-                    parts = q.new_empty(len(places), num_heads, splits, head_dims[1] + 4, dtype=torch.float32)
+                    parts = q.new_empty(num_tiles, num_heads, splits, head_dims[1] + 4, dtype=torch.float32)
             tensors = (q, k_cache, v_cache, out, sinks, parts, share, *rows, ragged.tables, places)
             attention_kernel[grid](*tensors, logit_scale, cap, window, *strides, **tile.constants, **tile.options)
             if parts is not None:
@@ -302,4 +302,4 @@ def _combine(
 def combining(splits: int, tile: dict[str, Any]) -> dict[str, Any]:
     """Compile-time constants of `combine_kernel`."""
     constants = {name: tile[name] for name in ("DEAD", "DV", "DV_PAD", "N")}
-    return constants | {"SPLITS": splits, "SPLITS_PAD": triton.next_power_of_2(splits)}
+    return constants | {"SPLITS": splits, "SPLITS_PAD": 1 << (splits - 1).bit_length()}

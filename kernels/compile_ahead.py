@@ -96,7 +96,7 @@ def sources(target: GPUTarget, dtype: torch.dtype, head_dims: list[int]) -> Iter
     for head_dim, tokens, memory in itertools.chain(cases, splits, options_once):
         everything = memory == "all options"
         paged = not memory.startswith("contiguous")
-        tile = attention.specialise(tokens, 4, (head_dim, head_dim), 16, paged, everything, dtype, on)
+        tile = attention.specialise(tokens, 4, (head_dim, head_dim), 16, paged, everything, everything, dtype, on)
         size = " x ".join(str(tile.constants[name]) for name in ("TOKENS", "HEADS", "N"))
         absent = [] if everything else ["sinks_ptr", "cap", "window"]
         absent += ["parts_ptr"] if tokens > 1 or not (everything or "split" in memory) else []

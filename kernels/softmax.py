@@ -55,7 +55,7 @@ def walk(
 
 @triton.jit
 def _look_up(key, low, high, table, BLOCK: tl.constexpr, PAGED: tl.constexpr, DEAD: tl.constexpr):
-    """What the block table has for positions key [N], or for the last in place of those beyond. Contiguous: one entry."""
+    """The block table's entries for positions key [N], those beyond the last taking the last's. Contiguous: the one."""
     if PAGED:
         return tl.load(table + _wrap(key if DEAD else tl.minimum(key, high - 1), low, high, DEAD) // BLOCK)
     else:

@@ -99,7 +99,7 @@ def rule_of_thumb(tile: int, group: int, row_bytes: int, on: Machine) -> Tuning:
 
 
 def plan_splits(programs: int, longest: int, share: int, on: Machine) -> tuple[int, int]:
-    """(splits of every row of a decode, least keys of one). `programs`: without splits. `longest`: no row reads more keys.
+    """(splits of each row of a decode, least keys of one). `programs`: without splits; `longest`: most keys of a row.
 
     A small batch is split until every processor has RESIDENT programs; a large one only so that no row takes longer
     than the rest, at `share` keys. Only the host's numbers decide, so a CUDA graph keeps its grid; the device cuts each
