@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -76,9 +77,9 @@ def candidates(kind: Kind) -> list[Tuning]:
     return found
 
 
-def compile_one(task: tuple[Kind, Tuning]) -> None:
+def compile_one(task: tuple[int, Tuning]) -> None:
     """Into Triton's cache on disk, from a process of its own: one row is enough for that."""
-    kind, tuning = task
+    kind, tuning = KINDS[task[0]], task[1]
     shape = kind.shapes[0]
     tiny = Shape(1, shape.heads, shape.kv_heads, 256, shape.head_dim)
     problem = Problem(tiny, kind.queries(tiny), "cuda")
@@ -144,9 +145,11 @@ def main(arguments: list[str] | None = None) -> int:
         print("error: no CUDA GPU here to find configurations for; run this on one", file=sys.stderr)
         return 2
     torch.manual_seed(0)
-    tasks = [(kind, tuning) for kind in KINDS for tuning in candidates(kind)]
+    start = time.perf_counter()
+    tasks = dict.fromkeys((i, tuning._replace(share=0)) for i, kind in enumerate(KINDS) for tuning in candidates(kind))
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
         pool.map(compile_one, tasks, chunksize=1)
+    print(f"compiled {len(tasks)} candidates in {time.perf_counter() - start:.0f} s", flush=True)
     found = {kind.name(): sweep(kind)._asdict() for kind in KINDS}
     known = json.loads(options.out.read_text()) if options.out.exists() else {}
     known.setdefault(torch.cuda.get_device_name(), {}).update(found)
