@@ -9,13 +9,17 @@ Paged and contiguous run the same kernel in the same configuration; beside them 
 
 import argparse
 import functools
+import itertools
 import json
+import math
+import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +31,7 @@ from kernels.ragged import Ragged
 
 BLOCK = 16
 DTYPE = torch.bfloat16
-FLUSH_BYTES = 2**28  # written before every measured call: more than any L2 cache holds
+FLUSH_BYTES = 2**29  # written before every measured call: more than any L2 cache holds
 TORCH = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
 Clock = Callable[[Callable[[], object]], float]  # microseconds that a call takes
@@ -42,12 +46,24 @@ class Shape:
     kv_heads: int
     length: int
     head_dim: int = 128
+    spread: float = 0.0  # of lognormal lengths whose mean is `length`, of their logarithm; none is longer than 8 means
 
     def __str__(self) -> str:
-        return f"{self.sequences} x {self.heads}/{self.kv_heads} x {self.length}"
+        return f"{self.sequences} x {self.heads}/{self.kv_heads} x {'~' if self.spread else ''}{self.length}"
+
+    def lengths(self) -> list[int]:
+        draw, middle = random.Random(0), math.log(self.length) - self.spread**2 / 2
+        drawn = [round(draw.lognormvariate(middle, self.spread)) for _ in range(self.sequences)]
+        return [min(max(length, 1), 8 * self.length) for length in drawn]
 
 
-DECODES = [Shape(64, 40, 40, 1024), Shape(64, 32, 8, 1024), Shape(256, 32, 8, 512), Shape(8, 32, 8, 8192)]
+DECODES = [
+    Shape(64, 40, 40, 1024),
+    Shape(64, 32, 8, 1024),
+    Shape(256, 32, 8, 512),
+    Shape(8, 32, 8, 8192),
+    Shape(64, 32, 8, 1024, spread=1.0),
+]
 PROMPT = Shape(8, 32, 8, 2048)
 WIDTHS = (3072, 14336, 151936)  # of two SwiGLUs, of a vocabulary
 
@@ -62,6 +78,7 @@ class Measured:
     operations: int = 0
     floor_us: float = 0.0
     error: float | None = None  # of the result, relative, against torch's on the same memory
+    table: float | None = None  # what the block table costs: time over that of contiguous memory, less 1
 
     def line(self) -> str:
         rate = (
@@ -71,10 +88,11 @@ class Measured:
         )
         share = f"{self.floor_us / self.us:8.2f}" if self.floor_us else " " * 8
         error = "" if self.error is None else f"{self.error:10.1e}"
-        return f"{self.name:18} {self.shape:18} {self.variant:12} {self.us:10.1f} {rate:>14} {share} {error}"
+        table = "" if self.table is None else f"{self.table:+8.1%}"
+        return f"{self.name:18} {self.shape:18} {self.variant:12} {self.us:10.1f} {rate:>14} {share} {error:10} {table}"
 
 
-HEADER = f"{'what':18} {'shape':18} {'variant':12} {'us':>10} {'rate':>14} {'of floor':>8} {'error':>10}"
+HEADER = f"{'what':18} {'shape':18} {'variant':12} {'us':>10} {'rate':>14} {'of floor':>8} {'error':>10} {'table':>8}"
 
 
 @dataclass(frozen=True)
@@ -84,7 +102,7 @@ class Floors:
     matmul: float  # operations / us
 
 
-def median_us(call: Callable[[], object], repeats: int = 30, flush_bytes: int = FLUSH_BYTES) -> float:
+def median_us(call: Callable[[], object], repeats: int = 15, flush_bytes: int = FLUSH_BYTES) -> float:
     """Median over calls that find the L2 cache cold; the flush also lets the host queue the call ahead.
 
     Of a call shorter than it takes to queue, that holds only while the flush lasts longer: some 0.1 ms per 256 MiB.
@@ -130,18 +148,57 @@ def measure_floors(
     return floors, [read, copy, product]
 
 
-def make_cache(shape: Shape, device: str, block: int = BLOCK) -> tuple[Tensor, Tensor]:
-    size = (shape.sequences * -(-shape.length // block), block, shape.kv_heads, shape.head_dim)
-    return torch.randn(size, dtype=DTYPE, device=device), torch.randn(size, dtype=DTYPE, device=device)
+class Problem:
+    """Attention of the last `queries` tokens of every row: 1 for decode, all for a prompt. In both kinds of memory."""
+
+    def __init__(self, shape: Shape, queries: int, device: str, block: int = BLOCK) -> None:
+        self.shape, self.queries, self.lengths = shape, queries, shape.lengths()
+        self.needed = [-(-length // block) for length in self.lengths]  # blocks of each row
+        self.scale = shape.head_dim**-0.5
+        self.k_cache, self.v_cache = (make_cache(shape, sum(self.needed), block, device) for _ in range(2))
+        self.q = torch.randn(shape.sequences * queries, shape.heads, shape.head_dim, dtype=DTYPE, device=device)
+        # Paged: blocks in random order. Contiguous: one sequence behind the other.
+        self.orders = {"paged": torch.randperm(sum(self.needed)), "contiguous": torch.arange(sum(self.needed))}
+        self.batches = {name: self._batch(order, name == "paged", device, block) for name, order in self.orders.items()}
+
+    def _batch(self, order: Tensor, paged: bool, device: str, block: int) -> Ragged:
+        tables = order.split(self.needed)
+        rows = zip(self.lengths, tables, strict=True)
+        n = self.queries
+        return Ragged.build(
+            [(n, length - n, length, 0, table.tolist()) for length, table in rows], block, paged, device
+        )
+
+    def ours(self, memory: str, **options: Any) -> Tensor:
+        attention = for_device(self.q.device).attention
+        return attention(self.q, self.k_cache, self.v_cache, self.batches[memory], scale=self.scale, **options)
+
+    def error(self, memory: str, **options: Any) -> float:
+        """Relative, against torch's row by row."""
+        expected = []
+        for q, order, length in zip(
+            self.q.split(self.queries), self.orders[memory].split(self.needed), self.lengths, strict=True
+        ):
+            blocks = order.to(q.device)
+            k, v = (cache[blocks].flatten(0, 1)[:length] for cache in (self.k_cache, self.v_cache))
+            expected.append(self._torch(*(x.transpose(0, 1)[None] for x in (q, k, v)))[0].transpose(0, 1))
+        reference = torch.cat(expected).float()
+        return float((self.ours(memory, **options).float() - reference).norm() / reference.norm())
+
+    def torch_call(self) -> Callable[[], Tensor]:
+        """Torch over all rows at once, in contiguous memory; where they are equally long."""
+        batched = (self.shape.sequences, -1)
+        dense = [x.reshape(*batched, *x.shape[-2:]) for x in (self.q, self.k_cache, self.v_cache)]
+        q, k, v = (x[:, : self.lengths[0]].transpose(1, 2) for x in dense)  # [sequences, heads, tokens, head_dim]
+        return lambda: self._torch(q, k, v)
+
+    def _torch(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        grouped = self.shape.heads != self.shape.kv_heads
+        return scaled_dot_product_attention(q, k, v, is_causal=self.queries > 1, enable_gqa=grouped)
 
 
-def make_batch(shape: Shape, queries: int, paged: bool, device: str, block: int = BLOCK) -> Ragged:
-    """Paged: blocks in random order. Contiguous: one sequence behind the other."""
-    per_row = -(-shape.length // block)
-    order = torch.randperm(shape.sequences * per_row).tolist() if paged else range(shape.sequences * per_row)
-    tables = [order[row * per_row : (row + 1) * per_row] for row in range(shape.sequences)]
-    rows = [(queries, shape.length - queries, shape.length, 0, table) for table in tables]
-    return Ragged.build(rows, block, paged, device)
+def make_cache(shape: Shape, blocks: int, block: int, device: str) -> Tensor:
+    return torch.randn(blocks, block, shape.kv_heads, shape.head_dim, dtype=DTYPE, device=device)
 
 
 def bench_attention(
@@ -154,50 +211,47 @@ def bench_attention(
     block: int = BLOCK,
     clock: Clock | None = None,
 ) -> Iterator[Measured]:
-    """`queries` tokens at the end of every row: 1 for decode, all for a prompt. `clock` as in `measure_floors`."""
+    """Ours and torch's in turn, so that a drift of the clock meets all; the median of five. `clock` as above."""
     clock = clock or median_us
-    k_cache, v_cache = make_cache(shape, device, block)
-    q = torch.randn(shape.sequences * queries, shape.heads, shape.head_dim, dtype=DTYPE, device=device)
-    scale = shape.head_dim**-0.5
-    seen = queries * shape.length - queries * (queries - 1) // 2  # (query, key) pairs of a row and head
-    operations = 4 * shape.sequences * shape.heads * shape.head_dim * seen
-    stored = shape.sequences * shape.length * shape.kv_heads * shape.head_dim  # not what fills up a last block
-    bytes_ = (2 * stored + 2 * q.numel()) * DTYPE.itemsize
+    problem = Problem(shape, queries, device, block)
+    seen = sum(queries * length - queries * (queries - 1) // 2 for length in problem.lengths)  # (query, key) pairs
+    operations = 4 * shape.heads * shape.head_dim * seen
+    stored = sum(problem.lengths) * shape.kv_heads * shape.head_dim  # not what fills up a last block
+    bytes_ = (2 * stored + 2 * problem.q.numel()) * DTYPE.itemsize
     floor_us = max(bytes_ / floors.read, operations / floors.matmul)
     counted = {"operations": operations} if queries > 1 else {"bytes": bytes_}
-    batched = (shape.sequences, -1)
-    dense = (x.reshape(*batched, *x.shape[-2:])[:, : shape.length].transpose(1, 2) for x in (q, k_cache, v_cache))
-    q_dense, k_dense, v_dense = dense  # [sequences, heads, tokens, head_dim]
-    grouped = shape.heads != shape.kv_heads
-
-    def with_torch() -> Tensor:
-        return scaled_dot_product_attention(q_dense, k_dense, v_dense, is_causal=queries > 1, enable_gqa=grouped)
-
-    expected = with_torch().transpose(1, 2).reshape(q.shape).float()
-    attention = for_device(device).attention
-    for paged in (True, False):
-        batch = make_batch(shape, queries, paged, device, block)
-
-        def ours(batch: Ragged = batch) -> Tensor:
-            return attention(q, k_cache, v_cache, batch, scale=scale)
-
-        # Torch's result holds for the blocks in their order, which is how the contiguous batch reads them.
-        error = None if paged else float((ours().float() - expected).norm() / expected.norm())
-        variant = "paged" if paged else "contiguous"
-        yield Measured(name, str(shape), variant, clock(ours), floor_us=floor_us, error=error, **counted)
-    for backend, kind in TORCH.items():
+    calls: dict[str, Callable[[], object]] = {
+        memory: functools.partial(problem.ours, memory) for memory in problem.batches
+    }
+    if not shape.spread:
+        calls |= {f"torch {backend}": _with(kind, problem.torch_call()) for backend, kind in TORCH.items()}
+    times: dict[str, list[float]] = {variant: [] for variant in calls}
+    for _, variant in itertools.product(range(5), calls):
         try:
-            with sdpa_kernel(kind):
-                us = clock(with_torch)
+            times[variant].append(clock(calls[variant]))
         except RuntimeError:  # this build of torch, or this shape, has no such kernel
-            continue
-        yield Measured(name, str(shape), f"torch {backend}", us, floor_us=floor_us, **counted)
+            if variant in problem.batches:
+                raise
+    us = {variant: statistics.median(found) for variant, found in times.items() if found}
+    for variant, time_ in us.items():
+        error = problem.error(variant) if variant in problem.batches else None
+        table = time_ / us["contiguous"] - 1 if variant == "paged" else None
+        yield Measured(name, str(shape), variant, time_, floor_us=floor_us, error=error, table=table, **counted)
+
+
+def _with(kind: SDPBackend, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        with sdpa_kernel(kind):
+            return call()
+
+    return run
 
 
 def bench_moves(shape: Shape, layers: int, floors: Floors, device: str) -> Iterator[Measured]:
     """Storing the tokens of a step in one layer; copying a quarter of the blocks in every layer."""
     ops = for_device(device)
-    k_cache, v_cache = make_cache(shape, device)
+    blocks = shape.sequences * -(-shape.length // BLOCK)
+    k_cache, v_cache = (make_cache(shape, blocks, BLOCK, device) for _ in range(2))
     tokens = 2048 if shape.sequences * shape.length >= 2048 else 16
     new = torch.randn(tokens, shape.kv_heads, shape.head_dim, dtype=DTYPE, device=device)
     slots = torch.randperm(shape.sequences * shape.length)[:tokens].to(device)

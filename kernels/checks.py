@@ -31,6 +31,7 @@ def check_attention(
     k_cache: Tensor,
     v_cache: Tensor,
     ragged: Ragged,
+    scale: float,
     window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
@@ -61,6 +62,8 @@ def check_attention(
         raise ValueError(
             f"a table points at block {ragged.num_blocks - 1}, the cache has {num_blocks}: pass this cache's tables"
         )
+    if not scale > 0:
+        raise ValueError(f"scale = {scale}: logits are multiplied by it; pass scale > 0, such as head_dim**-0.5")
     if window is not None and window < 1:
         raise ValueError(f"window = {window}: a query sees at least itself; pass window >= 1, or None for no window")
     if softcap is not None and not softcap > 0:

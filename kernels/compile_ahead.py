@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 
 from kernels import attention, cache, layers, sampling
 from kernels.ragged import TILE_TOKENS
+from kernels.tuning import MOST_SPLITS, Machine
 
 # KiB of shared memory that one program may use; 227 on Hopper and later
 SHARED_LIMIT = {80: 163, 86: 99, 87: 163, 89: 99, 120: 99, "gfx942": 64, "gfx950": 160}
@@ -32,15 +33,15 @@ MATRIX = {"cuda": r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.]*", "hip": r
 EPILOG = """
 columns
   head_dim    0 where a kernel knows no heads.
-  memory      paged, contiguous, or paged with all options: dead positions, window, soft cap, sinks.
+  memory      paged or contiguous; split: decodes whose keys several programs share; or paged with all options: dead
+              positions, window, soft cap, sinks, split decodes.
   tile        attention: query tokens x heads x keys per step of the loop. Others: rows x numbers, or rows of head_dim.
   registers   per thread (VGPRs on AMD). Hopper has 65,536 for all threads of a processor: with 128 each there is room
               for four programs of 128 threads at once, with 255 for two. More at once hide more of memory's latency.
   spills      bytes per thread that did not fit into registers and live in memory instead. Those of float32 at head_dim
               128 and 256 are known: float32 is there to check the others.
   shared      KiB of on-chip memory per program, where loads in flight wait. A program may use 227 on sm_90, 99 on
-              sm_89, 64 on gfx942; what fits twice runs twice. The compiler keeps more loads in flight where memory is
-              contiguous: paged, a load has to wait for the block table.
+              sm_89, 64 on gfx942; what fits twice runs twice.
   matrix      the matrix instruction of attention's products: wgmma (Hopper, tiles of 64 rows and more), mma.sync
               (16 rows), mfma (AMD).
 
@@ -57,7 +58,7 @@ class Compiled:
     kernel: str
     dtype: str
     head_dim: int  # 0: it knows no heads
-    memory: str  # paged, contiguous, all options (see EPILOG), - where there is no difference
+    memory: str  # paged, contiguous, split, all options (see EPILOG), - where there is no difference
     tile: str
     registers: int  # per thread
     spills: int  # bytes per thread
@@ -88,18 +89,24 @@ def sources(target: GPUTarget, dtype: torch.dtype, head_dims: list[int]) -> Iter
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "sinks_ptr", "new_ptr", "cache_ptr"), element)
     types |= dict.fromkeys(("slots_ptr", "pairs_ptr"), "*i64") | {"logit_scale": "fp32", "cap": "fp32"}
     types |= {f"{name}_ptr": "*i32" for name in ("starts", "firsts", "lengths", "dead", "tables", "places")}
-    on = attention.Machine(target.backend == "hip", shared_limit(target))
+    types["parts_ptr"] = "*fp32"
+    on = Machine(target.backend == "hip", shared_limit(target))
     cases = itertools.product(head_dims, TILE_TOKENS, ("paged", "contiguous"))
+    splits = itertools.product(head_dims, TILE_TOKENS[:1], ("paged, split", "contiguous, split"))
     options_once = itertools.product(head_dims[:1], TILE_TOKENS, ("all options",))
-    for head_dim, tokens, memory in itertools.chain(cases, options_once):
+    for head_dim, tokens, memory in itertools.chain(cases, splits, options_once):
         everything = memory == "all options"
-        constants, options = attention.specialise(
-            tokens, 4, (head_dim, head_dim), 16, memory != "contiguous", everything, dtype, on
-        )
-        tile = f"{tokens} x {constants['HEADS']} x {constants['N']}"
-        row = {"head_dim": head_dim, "memory": memory, "tile": tile}
-        constants |= {} if everything else dict.fromkeys(("sinks_ptr", "cap", "window"))
-        yield row, _source(attention.attention_kernel, types, constants), options
+        paged = not memory.startswith("contiguous")
+        tile = attention.specialise(tokens, 4, (head_dim, head_dim), 16, paged, everything, everything, dtype, on)
+        size = " x ".join(str(tile.constants[name]) for name in ("TOKENS", "HEADS", "N"))
+        absent = [] if everything else ["sinks_ptr", "cap", "window"]
+        absent += ["parts_ptr"] if tokens > 1 or not (everything or "split" in memory) else []
+        row = {"head_dim": head_dim, "memory": memory, "tile": size}
+        yield row, _source(attention.attention_kernel, types, tile.constants | dict.fromkeys(absent)), tile.options
+    for head_dim in head_dims:
+        constants = attention.combining(MOST_SPLITS, tile.constants | {"DV": head_dim, "DV_PAD": head_dim})
+        row = {"head_dim": head_dim, "memory": "-", "tile": f"{MOST_SPLITS} splits"}
+        yield row, _source(attention.combine_kernel, types, constants), {"num_warps": 4, "num_stages": 1}
     for head_dim, (kernel, rows) in itertools.product(
         head_dims, ((cache.store_kernel, 8), (cache.copy_blocks_kernel, 16 * 8))
     ):
@@ -119,7 +126,7 @@ def fused_sources(dtype: torch.dtype, head_dims: list[int]) -> Iterator[tuple[di
         (0, layers.norm_kernel, layers.specialise_norm(16384), "1 x {PADDED}"),
         (0, layers.silu_and_mul_kernel, layers.specialise_silu(14336), "1 x {TILE}"),
         (0, sampling.sample_kernel, tiles, "1 x {TILE}"),
-        (0, sampling.combine_kernel, combine, "1 x {PADDED}"),
+        (0, sampling.choose_kernel, combine, "1 x {PADDED}"),
     ]
     for head_dim in head_dims:
         heads = layers.specialise_rotate(32, 8, head_dim, 16)

@@ -12,8 +12,8 @@ from torch import Tensor
 from kernels.upload import upload
 
 # Query tokens per tile: a decode, a speculated or short chunk, a prompt. A row goes to the first that holds it whole,
-# else to the last. Each size that occurs is one launch.
-TILE_TOKENS = (1, 16, 64)
+# else to the last. Each size that occurs is one launch; a kernel may cut the last into smaller tiles.
+TILE_TOKENS = (1, 16, 128)
 
 ALIGNMENT = 4  # int32 entries, 16 bytes: Triton compiles anew for a pointer that is aligned less
 
@@ -48,6 +48,8 @@ class Ragged:
     block: int
     paged: bool
     any_dead: bool
+    longest: int  # no row reads more keys: with few rows, or one so long, decodes are split over several programs
+    splits: int | None = None  # so many, then; None: as `kernels.tuning.plan_splits` finds
 
     @staticmethod
     def build(
@@ -82,6 +84,7 @@ class Ragged:
             block=block,
             paged=paged,
             any_dead=any(row.dead for row in batch),
+            longest=max(row.length + row.dead for row in batch),
         )
 
 

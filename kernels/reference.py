@@ -46,7 +46,7 @@ def attention(
     tanh(s / softcap). `sinks` [H]: one more logit per head in the softmax's sum. A query that sees no key gives 0; so
     do all of a row of length 0, which fills up a batch.
     """
-    check_attention(q, k_cache, v_cache, ragged, window, softcap, sinks)
+    check_attention(q, k_cache, v_cache, ragged, scale, window, softcap, sinks)
     out = q.new_zeros(*q.shape[:2], v_cache.shape[3])  # [T, H, Dv]
     starts, contexts = ragged.starts.long(), ragged.lengths + ragged.dead
     counts = starts.diff() * (contexts > 0)  # query tokens of each row that reads anything

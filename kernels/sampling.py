@@ -51,7 +51,7 @@ def sample_kernel(
 
 
 @triton.jit
-def combine_kernel(
+def choose_kernel(
     logits_ptr, temperature_ptr, partial_ptr, index_ptr, tokens_ptr, logprobs_ptr,  # as above, [S], [S]
     stride_logits,
     SIZE: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr,
@@ -115,5 +115,5 @@ def sample(logits: Tensor, temperature: Tensor, keys: Tensor) -> tuple[Tensor, T
         with torch.cuda.device_of(logits):
             stride = logits.stride(0)
             sample_kernel[(rows, splits)](logits, temperature, keys, partial, index, stride, **tiles)
-            combine_kernel[(rows,)](logits, temperature, partial, index, tokens, logprobs, stride, **combine)
+            choose_kernel[(rows,)](logits, temperature, partial, index, tokens, logprobs, stride, **combine)
     return tokens, logprobs

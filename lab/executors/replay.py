@@ -29,6 +29,7 @@ SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 16), *range(288, 513, 32))  
 # token, position, slot, noise key, temperature, row of the step before; then first, length, dead, rows longest first
 COLUMNS = 10
 
+LONGEST = 1024  # positions; contexts are told apart by powers of four beyond
 NOWHERE = -1
 ALIGNED = 4  # int32 entries: Triton compiles anew for a pointer that is aligned less
 
@@ -36,7 +37,8 @@ ALIGNED = 4  # int32 entries: Triton compiles anew for a pointer that is aligned
 class Key(NamedTuple):
     """What a prepared step depends on."""
 
-    size: int
+    size: int  # rows
+    longest: int  # no row reads more positions: long ones are split over several programs
     paged: bool
     dead: bool
 
@@ -82,7 +84,10 @@ class Replay:
         `before` says in which row the step before drew for a sequence.
         """
         size = next(size for size in SIZES if size >= len(rows.rows))
-        step = self._step(Key(size, rows.paged, any(row.dead for row in rows.rows)))
+        longest = LONGEST
+        while longest < max(row.length + row.dead for row in rows.rows):
+            longest *= 4
+        step = self._step(Key(size, longest, rows.paged, any(row.dead for row in rows.rows)))
         self._fill(step, rows, draws, before)
         if step.graph is not None:
             step.graph.replay()
@@ -148,6 +153,7 @@ class Replay:
             block=self.cache.block,
             paged=step.key.paged,
             any_dead=step.key.dead,
+            longest=step.key.longest,
         )
         batch = Packed(token_ids, positions, slots, step.all_rows, ragged)
         logits = self.model.logits(batch, self.cache.k, self.cache.v)

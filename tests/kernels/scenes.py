@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,8 +26,8 @@ class Scene:
     paged: bool
     options: dict[str, Any] = field(default_factory=dict)
 
-    def attend(self, attention: Any, device: str = "cpu") -> Tensor:
-        ragged = Ragged.build(self.rows, self.block, self.paged, device)
+    def attend(self, attention: Any, device: str = "cpu", splits: int | None = None) -> Tensor:
+        ragged = replace(Ragged.build(self.rows, self.block, self.paged, device), splits=splits)
         tensors = (tensor.to(device) for tensor in (self.q, self.k_cache, self.v_cache))
         options = {
             name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.options.items()

@@ -32,9 +32,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_every_kernel_compiles_and_fits(rows: list[dict], target: str) -> None:
     mine = [row for row in rows if row["target"] == target]
-    names = "attention store copy_blocks norm rotate_and_store silu_and_mul sample combine"
+    names = "attention combine store copy_blocks norm rotate_and_store silu_and_mul sample choose"
     assert {row["kernel"] for row in mine} == {f"{name}_kernel" for name in names.split()}
-    assert {row["memory"] for row in mine} == {"paged", "contiguous", "all options", "-"}
+    split = {"paged, split", "contiguous, split"}
+    assert {row["memory"] for row in mine} == {"paged", "contiguous", "all options", "-"} | split
     for row in mine:
         assert row["spills"] == 0, row
         assert row["shared"] <= row["shared_limit"], row
@@ -48,15 +49,18 @@ def test_attention_multiplies_with_matrix_instructions(rows: list[dict]) -> None
 
 
 def test_paged_and_contiguous_share_their_configuration(rows: list[dict]) -> None:
+    """And the compiler keeps as much in flight for both: what waits in shared memory."""
+
     def configurations(memory: str) -> list[tuple]:
-        columns = ("target", "head_dim", "tile", "warps", "stages")
+        columns = ("target", "head_dim", "tile", "warps", "stages", "shared")
         return [tuple(row[column] for column in columns) for row in rows if row["memory"] == memory]
 
     assert configurations("paged") == configurations("contiguous")
+    assert configurations("paged, split") == configurations("contiguous, split")
 
 
 def test_decode_fits_into_less_shared_memory(tmp_path: Path) -> None:
-    """99 KiB on sm_89. Contiguous, which keeps more loads in flight than paged, needs the more."""
+    """99 KiB on sm_89."""
     script = """if True:
         from itertools import islice
         from kernels.compile_ahead import compile_all, parse_target, torch

@@ -172,5 +172,5 @@ def test_a_tile_covers_every_query_once_and_the_longest_context_comes_first() ->
         covered |= {
             (row, before + i) for row, before in places.tolist() for i in range(tokens) if before + i < counts[row]
         }
-    assert [tokens for tokens, _ in ragged.tiles] == [1, 16, 64]
+    assert [tokens for tokens, _ in ragged.tiles] == [1, 16, 128]
     assert covered == {(row, i) for row, count in enumerate(counts) for i in range(count)}

@@ -11,6 +11,7 @@ from scenes import FEATURES, Scene, make_scene, random_rows
 
 from kernels import for_device, reference
 from kernels.ragged import Ragged
+from kernels.tuning import Machine, plan_splits
 
 pytest.importorskip("triton", reason="triton is not installed; it is on Linux x86-64")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,8 +26,8 @@ def gpu() -> ModuleType:
     return for_device("cuda")
 
 
-def check(gpu: ModuleType, scene: Scene) -> None:
-    out, expected = scene.attend(gpu.attention, DEVICE), scene.attend(reference.attention)
+def check(gpu: ModuleType, scene: Scene, splits: int | None = None) -> None:
+    out, expected = scene.attend(gpu.attention, DEVICE, splits), scene.attend(reference.attention)
     eps = max(torch.finfo(scene.q.dtype).eps, 1e-5)  # weights are rounded to the type of V, and so is the result
     torch.testing.assert_close(out.float(), expected.float(), rtol=2 * eps, atol=2 * eps)
 
@@ -49,8 +50,79 @@ def test_every_head_size(gpu: ModuleType, dims: tuple[int, int]) -> None:
     check(gpu, make_scene(1, [(1, 70, 3), (18, 2, 0)], heads=(2, 1), dims=dims, dtype=dtype))
 
 
-def test_a_prompt_longer_than_a_tile(gpu: ModuleType) -> None:
-    check(gpu, make_scene(2, [(131, 3, 0), (70, 0, 40)], heads=(3, 1), window=90))
+@pytest.mark.parametrize("paged", [True, False], ids=["paged", "contiguous"])
+@pytest.mark.parametrize("block", [1, 3, 16, 48, 64, 128, 256])
+def test_a_prompt_longer_than_a_tile(gpu: ModuleType, block: int, paged: bool) -> None:
+    check(gpu, make_scene(2, [(131, 3, 0), (70, 0, 40)], heads=(3, 1), block=block, paged=paged, window=90))
+
+
+@pytest.mark.parametrize("window", [None, 1, 64, 65, 100])
+@pytest.mark.parametrize("rows", [[(17, 46, 0)], [(64, 64, 0), (65, 63, 0)], [(128, 1, 1), (20, 130, 70)]], ids=str)
+def test_steps_without_masks_end_where_masks_begin(gpu: ModuleType, rows: list, window: int | None) -> None:
+    """Contexts that end at, before and behind a step of 64 keys, with and without keys that left the window."""
+    check(gpu, make_scene(3, rows, heads=(2, 1), window=window))
+
+
+# Rows of one key, of fewer keys than splits, of whole steps of 64 keys, and of steps for all of seven splits.
+DECODES = [(1, 0, 0), (1, 4, 0), (1, 63, 9), (1, 64, 0), (1, 447, 0), (1, 130, 140)]
+
+
+@pytest.mark.parametrize("paged", [True, False], ids=["paged", "contiguous"])
+@pytest.mark.parametrize("splits", [1, 2, 3, 7])
+def test_split_decodes(gpu: ModuleType, splits: int, paged: bool) -> None:
+    check(gpu, make_scene(splits, DECODES, heads=(3, 1), block=48, paged=paged), splits)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_split_decodes_with_every_feature(gpu: ModuleType, name: str) -> None:
+    """Sinks, for one, are counted once; and a prompt in the same step is not split."""
+    options = FEATURES[name] | ({"window": 170} if name == "everything" else {})
+    check(gpu, make_scene(6, [(2, 0, 0), (1, 200, 0), (1, 3, 0), (1, 120, 70)], **options), splits=3)
+
+
+def test_a_split_decode_that_sees_no_key_gives_0(gpu: ModuleType) -> None:
+    scene = make_scene(1, [(1, 200, 0), (1, 70, 0)], window=150)
+    scene.rows[1] = scene.rows[1]._replace(first=500)
+    check(gpu, scene, splits=2)
+
+
+def test_the_number_of_splits_follows_from_the_shape() -> None:
+    h100 = Machine(False, 227 * 1024, 132, "H100")
+    for programs, longest, expected in (
+        (64 * 40, 1024, (1, 1024)),  # programs enough, none longer than the rest
+        (64 * 8, 1024, (1, 1024)),
+        (256 * 8, 512, (1, 1024)),
+        (64 * 8, 8192, (8, 1024)),  # the longest would take the longest: shares of 1024 keys, shorter rows whole
+        (8 * 8, 8192, (8, 128)),  # 512 programs for 132 processors
+        (8, 8192, (64, 128)),
+        (8, 200, (2, 128)),
+        (8, 1, (1, 128)),
+    ):
+        assert plan_splits(programs, longest, 1024, h100) == expected
+
+
+@needs_gpu
+def test_a_graph_splits_by_the_lengths_it_finds(gpu: ModuleType) -> None:
+    """Captured with one set of lengths, replayed with others: the grid stays, shares follow the rows."""
+    scene = make_scene(8, [(1, 2000, 0), (1, 900, 0), (1, 3, 0)], heads=(8, 2), dims=(64, 64), dtype=torch.float16)
+    ragged = Ragged.build(scene.rows, scene.block, True, "cuda")
+    q, k_cache, v_cache = scene.q.cuda(), scene.k_cache.cuda(), scene.v_cache.cuda()
+
+    def attend() -> torch.Tensor:
+        return gpu.attention(q, k_cache, v_cache, ragged, scale=0.125)
+
+    attend()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend()
+    for lengths in ([2001, 901, 4], [130, 1, 2], [64, 500, 3]):
+        scene.rows = [
+            row._replace(first=length - 1, length=length) for row, length in zip(scene.rows, lengths, strict=True)
+        ]
+        ragged.lengths.copy_(torch.tensor(lengths))
+        ragged.firsts.copy_(torch.tensor(lengths) - 1)
+        graph.replay()
+        torch.testing.assert_close(out.cpu(), scene.attend(reference.attention), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("paged", [True, False], ids=["paged", "contiguous"])
