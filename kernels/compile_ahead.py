@@ -38,8 +38,8 @@ columns
   tile        attention: query tokens x heads x keys per step of the loop. Others: rows x numbers, or rows of head_dim.
   registers   per thread (VGPRs on AMD). Hopper has 65,536 for all threads of a processor: with 128 each there is room
               for four programs of 128 threads at once, with 255 for two. More at once hide more of memory's latency.
-  spills      bytes per thread that did not fit into registers and live in memory instead. Those of float32 at head_dim
-              128 and 256 are known: float32 is there to check the others.
+  spills      bytes per thread that did not fit into registers and live in memory instead. Those of float32 are known:
+              float32 is there to check the others.
   shared      KiB of on-chip memory per program, where loads in flight wait. A program may use 227 on sm_90, 99 on
               sm_89, 64 on gfx942; what fits twice runs twice.
   matrix      the matrix instruction of attention's products: wgmma (Hopper, tiles of 64 rows and more), mma.sync

@@ -68,10 +68,10 @@ def tuned(path: Path = TUNED) -> dict[str, dict[str, Tuning]]:
 def best(tile: int, group: int, head_dim: int, itemsize: int, on: Machine) -> Tuning:
     """`head_dim`: the larger of the two, padded to a power of two."""
     found = tuned().get(on.name, {}).get(key(tile, group, head_dim, itemsize))
-    return found or rule_of_thumb(tile, group, head_dim * itemsize, on)
+    return found or rule_of_thumb(tile, group, head_dim, itemsize, on)
 
 
-def rule_of_thumb(tile: int, group: int, row_bytes: int, on: Machine) -> Tuning:
+def rule_of_thumb(tile: int, group: int, head_dim: int, itemsize: int, on: Machine) -> Tuning:
     """Good where nothing was measured, from what compiling ahead of time tells.
 
     head_dim  bytes   decode (1 token)              chunk (16 tokens)               prompt
@@ -79,10 +79,11 @@ def rule_of_thumb(tile: int, group: int, row_bytes: int, on: Machine) -> Tuning:
          128      2   16 rows, 64 keys, 4 warps     64 rows,  64 keys, 4 warps      128 rows, 128 keys, 8 warps
          256      2   16 rows, 32 keys, 4 warps     64 rows,  32 keys, 8 warps       64 rows,  32 keys, 8 warps
 
-    Prompts read 128 keys at a time where 3 stages of them fit (Hopper and later), elsewhere 64.
+    Prompts read 128 keys at a time where 3 stages of them fit (Hopper and later), elsewhere, and in float32, 64.
     float32 has half as many keys from 128 on, and 64 rows shared by 8 warps from 65 on. Loads run one step less ahead
     on GPUs with less shared memory than an A100 (sm_86, sm_89, sm_120); there prompts in float32 fit up to head_dim 64.
     """
+    row_bytes = head_dim * itemsize
     wide = row_bytes > 256  # a row of the result takes so many registers that 8 warps must share 64 rows
     small = on.shared_bytes < AMPLE_SHARED_BYTES
     keys = min(64, max(16, 16384 // row_bytes))  # 16 KiB of K per step, and as much of V
@@ -93,7 +94,7 @@ def rule_of_thumb(tile: int, group: int, row_bytes: int, on: Machine) -> Tuning:
         heads = min(heads, 4)
         return Tuning(tile, heads, keys, 8 if wide and heads > 2 else 4, 2 if on.amd else 3 - small)
     heads = min(heads, 2)
-    if not wide and on.shared_bytes >= HOPPER_SHARED_BYTES:
+    if itemsize == 2 and not wide and on.shared_bytes >= HOPPER_SHARED_BYTES:
         keys *= 2
     return Tuning((64 if wide else 128) // heads, heads, keys, 8, 2 if on.amd else 3 - small)
 

@@ -57,7 +57,11 @@ def test_a_prompt_longer_than_a_tile(gpu: ModuleType, block: int, paged: bool) -
 
 
 @pytest.mark.parametrize("window", [None, 1, 64, 65, 100])
-@pytest.mark.parametrize("rows", [[(17, 46, 0)], [(64, 64, 0), (65, 63, 0)], [(128, 1, 1), (20, 130, 70)]], ids=str)
+@pytest.mark.parametrize(
+    "rows",
+    [[(17, 46, 0)], [(64, 64, 0), (65, 63, 0)], [(128, 1, 1), (20, 130, 70)], [(2, 100, 0), (20, 62, 0)]],
+    ids=str,
+)
 def test_steps_without_masks_end_where_masks_begin(gpu: ModuleType, rows: list, window: int | None) -> None:
     """Contexts that end at, before and behind a step of 64 keys, with and without keys that left the window."""
     check(gpu, make_scene(3, rows, heads=(2, 1), window=window))

@@ -101,7 +101,7 @@ BUGS = (
     ),
     Bug(
         "the mask of the last block: a query sees the token after it (Triton)",
-        "kernels/attention.py",
+        "kernels/softmax.py",
         "(key[None, :] <= query[:, None])",
         "(key[None, :] <= query[:, None] + 1)",
         ("tests/kernels/test_triton.py",),
