@@ -68,7 +68,8 @@ def measure(options: Options, places: Mapping[Run, Path]) -> tuple[list[dict[str
     """A row for each variant, batch, context, block size and seed."""
     bench, device, heads = _bench(), _device(options), _heads(options)
     cuda = device != "cpu"
-    clock = partial(bench.median_us, flush_bytes=FLUSHES * bench.FLUSH_BYTES) if cuda else bench.wall_us
+    flush = FLUSHES * bench.FLUSH_BYTES
+    clock = partial(bench.median_us, repeats=30, flush_bytes=flush) if cuda else bench.wall_us
     clock = partial(clock, repeats=3) if options.quick else clock
     size, side = (2**31, 8192) if cuda else (2**28, 256)
     floors, _ = bench.measure_floors(device, 2**24 if options.quick else size, side, clock)

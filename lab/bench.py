@@ -58,6 +58,7 @@ class Case:
     allocator: str = "paged"
     scheduler: str = "continuous"
     watermark: float | None = None
+    tokens: int = Limits().tokens  # of a step
     peers: str = ""  # what others reach on an H100 80GB HBM3 with the same requests
 
 
@@ -78,8 +79,8 @@ def opt13b() -> list[Request]:
 
 OPT = Case("opt-13b", opt13b, "15728")
 CASES = {
-    "qwen3-0.6b": Case("qwen3-0.6b", nano, "90%", peers="vLLM 0.24.0: 17,830 to 18,800"),
-    "llama-3-8b": Case("llama-3-8b", nano, "90%", peers="vLLM 0.24.0: 8,080"),
+    "qwen3-0.6b": Case("qwen3-0.6b", nano, "90%", tokens=8192, peers="vLLM 0.24.0: 17,830 to 18,800"),
+    "llama-3-8b": Case("llama-3-8b", nano, "90%", tokens=8192, peers="vLLM 0.24.0: 8,080"),
     "opt-13b": replace(OPT, peers="vLLM 0.24.0: 1,967 to 1,980, 423 preemptions"),
     "opt-13b-eager-admission": replace(OPT, watermark=0.0),
     "opt-13b-contiguous-max": replace(OPT, allocator="contiguous-max"),
@@ -102,7 +103,7 @@ class Round:
 
 def serve(case: Case, executor: TorchExecutor, requests: list[Request], depth: int, recorded: bool) -> Round:
     """All requests of a case, through policies of their own."""
-    limits = Limits()
+    limits = Limits(tokens=case.tokens)
     allocator = ALLOCATORS.get(case.allocator)(executor.cache.num_blocks * executor.block, executor.block, limits)
     scheduler = SCHEDULERS.get(case.scheduler)(allocator, limits, batch=8, watermark=case.watermark)
     ended: list[Group] = []

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import kernels
 from lab.allocators import ALLOCATORS
 from lab.core import Group, InputError, Limits
 from lab.engine import Engine
@@ -36,6 +37,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 COMMON = ("lab.engine", "lab.pool", "lab.record", "lab.workloads")  # what every run uses, besides its policies
 VIRTUAL = ("lab.executors.simulated", "lab.executors.survival")
 REAL = ("lab.real", "kernels.reference", "kernels.gpu")
+
+TUNED = Path(kernels.__file__).with_name("tuned.json")  # configurations, which are data
 
 Progress = Callable[[float], None]  # told the share of a run that is done, in [0, 1]
 
@@ -84,7 +87,7 @@ class Run:
         named = (ALLOCATORS.homes.get(self.allocator), SCHEDULERS.homes.get(self.scheduler))
         homes = [module for module in named if module]  # import paths have none
         files = sources(policies, [*homes, *COMMON, *(VIRTUAL if self.simulated else REAL)])
-        files |= {Path(__file__), *(path for path in (*DATA.iterdir(), SEARCHES) if path.is_file())}
+        files |= {Path(__file__), *(path for path in (*DATA.iterdir(), SEARCHES, TUNED) if path.is_file())}
         data = [Path(text) for text in (self.workload.split(":", 1)[-1], self.hardware)]
         content = {str(path): digest([path]) for path in data if path.is_file()}
         weights = [] if self.simulated else stamps(Path(self.model).expanduser())

@@ -55,11 +55,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lab.real": {"lab.core", "lab.pool", "lab.models", "lab.executors.cache", "lab.executors.torch"},
     "lab.run": POLICIES
     | {"lab.engine", "lab.executors.simulated", "lab.executors.survival", "lab.hardware", "lab.shapes", "lab.pool"}
-    | {"lab.real", "lab.record"}
+    | {"lab.real", "lab.record", "kernels"}
     | {"lab.sources", "lab.workloads"},
     "lab.check": POLICIES
     | {"lab.engine", "lab.executors.simulated", "lab.hardware", "lab.run", "lab.shapes", "lab.workloads"},
     "lab.options": {"lab.core", "lab.run", "lab.systems"},
+    "lab.bench": POLICIES
+    | {"lab.engine", "lab.executors.cache", "lab.executors.torch", "lab.models", "lab.pool", "lab.real", "lab.record"}
+    | {"lab.run", "lab.shapes", "kernels"},
     "lab.processes": {"lab.core", "lab.run"},
     "lab.harness": {
         "lab.options",
@@ -112,6 +115,7 @@ TORCH_LIVES_IN = (
     "lab.executors.torch",
     "lab.models",
     "lab.real",
+    "lab.bench",
     "kernels",
 )
 
