@@ -57,7 +57,8 @@ def walk(
 def _look_up(key, low, high, table, BLOCK: tl.constexpr, PAGED: tl.constexpr, DEAD: tl.constexpr):
     """The block table's entries for positions key [N], those beyond the last taking the last's. Contiguous: the one."""
     if PAGED:
-        return tl.load(table + _wrap(key if DEAD else tl.minimum(key, high - 1), low, high, DEAD) // BLOCK)
+        last = tl.maximum(high, 1) - 1  # of a row of length 0, which fills up a batch: its first entry
+        return tl.load(table + _wrap(key if DEAD else tl.minimum(key, last), low, high, DEAD) // BLOCK)
     else:
         return tl.load(table)
 
@@ -73,7 +74,7 @@ def _address(key, blocks, low, high, BLOCK: tl.constexpr, PAGED: tl.constexpr, D
 @triton.jit
 def _wrap(key, low, high, DEAD: tl.constexpr):
     """Dead positions wrap around inside the live ones. Unsigned: divided by a power of two in one instruction."""
-    return (low + (key - low) % (high - low) if DEAD else key).to(tl.uint32)
+    return (low + (key - low) % tl.maximum(high - low, 1) if DEAD else key).to(tl.uint32)
 
 
 @triton.jit

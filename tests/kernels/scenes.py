@@ -26,8 +26,13 @@ class Scene:
     paged: bool
     options: dict[str, Any] = field(default_factory=dict)
 
-    def attend(self, attention: Any, device: str = "cpu", splits: int | None = None) -> Tensor:
+    def attend(
+        self, attention: Any, device: str = "cpu", splits: int | None = None, empty: tuple[int, ...] = ()
+    ) -> Tensor:
+        """`empty`: rows of which nothing is left but their place, as those that fill up a batch."""
         ragged = replace(Ragged.build(self.rows, self.block, self.paged, device), splits=splits)
+        for column in (ragged.firsts, ragged.lengths, ragged.dead):
+            column[list(empty)] = 0
         tensors = (tensor.to(device) for tensor in (self.q, self.k_cache, self.v_cache))
         options = {
             name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.options.items()

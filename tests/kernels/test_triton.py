@@ -84,6 +84,19 @@ def test_split_decodes_with_every_feature(gpu: ModuleType, name: str) -> None:
     check(gpu, make_scene(6, [(2, 0, 0), (1, 200, 0), (1, 3, 0), (1, 120, 70)], **options), splits=3)
 
 
+@pytest.mark.parametrize("dead", [0, 5])
+@pytest.mark.parametrize("paged", [True, False], ids=["paged", "contiguous"])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_rows_that_fill_up_a_batch(gpu: ModuleType, splits: int, paged: bool, dead: int) -> None:
+    """They have length 0: they read nothing, from no address either, and give 0."""
+    scene = make_scene(4, [(1, 20, dead), (1, 9, 0), (1, 300, 0), (1, 2, 0)], heads=(3, 1), paged=paged)
+    out, expected = (
+        scene.attend(*how, empty=(1, 3)) for how in ((gpu.attention, DEVICE, splits), (reference.attention,))
+    )
+    assert not out[[1, 3]].any()
+    torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-5)
+
+
 def test_a_split_decode_that_sees_no_key_gives_0(gpu: ModuleType) -> None:
     scene = make_scene(1, [(1, 200, 0), (1, 70, 0)], window=150)
     scene.rows[1] = scene.rows[1]._replace(first=500)
