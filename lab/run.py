@@ -14,7 +14,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import kernels
 from lab.allocators import ALLOCATORS
 from lab.core import Group, InputError, Limits
 from lab.engine import Engine
@@ -38,7 +37,7 @@ COMMON = ("lab.engine", "lab.pool", "lab.record", "lab.workloads")  # what every
 VIRTUAL = ("lab.executors.simulated", "lab.executors.survival")
 REAL = ("lab.real", "kernels.reference", "kernels.gpu")
 
-TUNED = Path(kernels.__file__).with_name("tuned.json")  # configurations, which are data
+TUNED = Path(__file__).parents[1] / "kernels" / "tuned.json"  # configurations, which are data
 
 Progress = Callable[[float], None]  # told the share of a run that is done, in [0, 1]
 

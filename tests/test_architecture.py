@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lab.real": {"lab.core", "lab.pool", "lab.models", "lab.executors.cache", "lab.executors.torch"},
     "lab.run": POLICIES
     | {"lab.engine", "lab.executors.simulated", "lab.executors.survival", "lab.hardware", "lab.shapes", "lab.pool"}
-    | {"lab.real", "lab.record", "kernels"}
+    | {"lab.real", "lab.record"}
     | {"lab.sources", "lab.workloads"},
     "lab.check": POLICIES
     | {"lab.engine", "lab.executors.simulated", "lab.hardware", "lab.run", "lab.shapes", "lab.workloads"},
