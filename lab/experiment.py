@@ -134,12 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--pool", metavar="SIZE", help="KV memory: tokens (15728), bytes (12GiB) or a share of what is free (90%%)")
     add("--executor", choices=EXECUTORS, help="simulated: a virtual clock; torch: a real model on a real device")
     late = "an end that only a token tells shows a step late"
-    add(
-        "--depth",
-        type=int,
-        metavar="0|1",
-        help=f"1: plan the next step while one runs, to hide the host; {late} (torch)",
-    )
+    add("--depth", type=int, metavar="0|1", help=f"1 plans a step while one runs, to hide the host; {late} (torch)")
     add("--device", help="cpu, cuda or cuda:N (torch only)")
     add("--hardware", help="whose pace the virtual clock keeps (simulated only)")
     add("--model", help="a model, see below")

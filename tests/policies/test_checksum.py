@@ -178,10 +178,10 @@ def test_single_outputs_of_reserved_memory_are_never_preempted(allocator: str, s
         assert not executor.moved
 
 
-@pytest.mark.parametrize("prefix", [3, 4, 9, 20])
+@pytest.mark.parametrize(("prefix", "depth"), [(3, 0), (4, 1), (9, 1), (20, 0)])
 @schedulers
 @allocators
-def test_a_reserved_prefix_changes_no_text(allocator: str, scheduler: str, prefix: int) -> None:
+def test_a_reserved_prefix_changes_no_text(allocator: str, scheduler: str, prefix: int, depth: int) -> None:
     """Full blocks of it are computed once and shared by all who begin with it; contiguous memory keeps nothing."""
     shared = tuple(range(50, 50 + prefix))
     requests = [
@@ -194,7 +194,8 @@ def test_a_reserved_prefix_changes_no_text(allocator: str, scheduler: str, prefi
     executor = ChecksumExecutor(memory.num_blocks, 4)
     groups: dict[int, Group] = {}
     watch = Watch(cancels=False, accounts=True)
-    engine = Engine(policy, executor, watch, on_end=lambda group: groups.update({group.request.id: group}))
+    engine = Engine(policy, executor, watch, on_end=lambda g: groups.update({g.request.id: g}), depth=depth)
+    watch.engine = engine
     kept = engine.reserve(shared)
     assert kept == (prefix // 4 * 4 if Policy(allocator).shares else 0)
     assert memory.idle().cached == kept
