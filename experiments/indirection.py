@@ -66,13 +66,13 @@ def runs(options: Options) -> list[Run]:
 
 def measure(options: Options, places: Mapping[Run, Path]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """A row for each variant, batch, context, block size and seed."""
-    bench, device, heads = _bench(), _device(options), _heads(options)
+    bench, timing, device, heads = _bench(), _bench("timing"), _device(options), _heads(options)
     cuda = device != "cpu"
-    flush = FLUSHES * bench.FLUSH_BYTES
-    clock = partial(bench.median_us, repeats=30, flush_bytes=flush) if cuda else bench.wall_us
+    flush = FLUSHES * timing.FLUSH_BYTES
+    clock = partial(timing.median_us, repeats=30, flush_bytes=flush) if cuda else timing.wall_us
     clock = partial(clock, repeats=3) if options.quick else clock
     size, side = (2**31, 8192) if cuda else (2**28, 256)
-    floors, _ = bench.measure_floors(device, 2**24 if options.quick else size, side, clock)
+    floors, _ = timing.measure_floors(device, 2**24 if options.quick else size, side, clock)
     rows = []
     for seed in options.seeds or ([0] if options.quick else [0, 1, 2]):
         bench.torch.manual_seed(seed)
@@ -143,9 +143,9 @@ def claims(rows: pd.DataFrame) -> list[Claim]:
     ]
 
 
-def _bench() -> Any:
+def _bench(module: str = "bench") -> Any:
     """It brings torch, which takes seconds and which a list of the experiments does not need."""
-    return importlib.import_module("kernels.bench")
+    return importlib.import_module(f"kernels.{module}")
 
 
 def _device(options: Options) -> str:

@@ -19,8 +19,9 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.bench import DECODES, DTYPE, PROMPT, Problem, Shape, median_us
+from kernels.bench import DECODES, PROMPT, Problem, Shape
 from kernels.ragged import TILE_TOKENS
+from kernels.timing import DTYPE, median_us
 from kernels.tuning import TUNED, Tuning, key
 
 MOST_ERROR = 0.01  # relative; bfloat16 rounds by 0.002 to 0.004

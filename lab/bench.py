@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from kernels.bench import measure_floors
+from kernels.timing import measure_floors
 from lab.allocators import ALLOCATORS
 from lab.core import Group, InputError, Limits, Request, SamplingParams, unknown
 from lab.engine import Engine

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kernels import bench
+from kernels import bench, timing
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="tries what happens where there is no GPU")
 
@@ -23,7 +23,7 @@ def test_what_is_measured_is_right(monkeypatch: pytest.MonkeyPatch, queries: int
         return 1.0
 
     monkeypatch.setattr(bench, "median_us", once)
-    floors, rows = bench.measure_floors("cpu", size=2**10, side=8)
+    floors, rows = timing.measure_floors("cpu", size=2**10, side=8, clock=once)
     rows += bench.bench_attention("attention", bench.Shape(2, 4, 2, 32, 16), queries, floors, "cpu")
     rows += bench.bench_moves(bench.Shape(2, 2, 2, 32, 16), 2, floors, "cpu")
     rows += bench.bench_fused(floors, "cpu", 4, (8, 16, 64))
