@@ -230,7 +230,7 @@ class Engine:
         if self.inbox:
             return
         if until_s == math.inf and not more:
-            if not (self.scheduler.waiting or self.scheduler.running):
+            if not (self.groups or self.scheduler.waiting or self.scheduler.running):
                 return
             policies = f"{type(self.scheduler).__name__} with {type(self.allocator).__name__}"
             raise RuntimeError(
