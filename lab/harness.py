@@ -69,10 +69,13 @@ def perform(experiment: Experiment, runs: list[Run], name: str, options: Options
     """
     results = options.out
     places = {run: results / "runs" / run.key() for run in runs}
-    missing = {run: place for run, place in places.items() if fresh or not place.exists()}
+    wanted: dict[Path, Run] = {}
+    for run, place in places.items():
+        wanted.setdefault(place, run)  # some differ only in what says nothing in them
+    missing = {run: place for place, run in wanted.items() if fresh or not place.exists()}
     make_room(results, len(missing))
-    if len(places) > len(missing):
-        print(f"{len(places) - len(missing)} of {len(places)} runs are there already (--fresh runs them again)")
+    if len(wanted) > len(missing):
+        print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are there already (--fresh runs them again)")
     carry_out_all(missing)
     return report(experiment, places, results / name, options, command)
 

@@ -37,6 +37,7 @@ COMMON = ("lab.engine", "lab.pool", "lab.record", "lab.workloads")  # what every
 VIRTUAL = ("lab.executors.simulated", "lab.executors.survival")
 REAL = ("lab.real", "kernels.reference", "kernels.gpu")
 
+FORCED = ("sharegpt", "alpaca", "opt13b-256")  # workloads that say how long answers are
 TUNED = Path(__file__).parents[1] / "kernels" / "tuned.json"  # configurations, which are data
 
 Progress = Callable[[float], None]  # told the share of a run that is done, in [0, 1]
@@ -80,6 +81,19 @@ class Run:
     def simulated(self) -> bool:
         return self.executor == "simulated"
 
+    def identity(self) -> dict[str, Any]:
+        """The settings that its record depends on; those that say nothing in it are out, so that experiments share it."""
+        idle = {"device", "dtype"} if self.simulated else {"hardware"}
+        if self.arrivals != "gamma":
+            idle |= {"burstiness"}
+        if self.duration_s is None:
+            idle |= {"drain"}
+        if self.scheduler == "continuous":
+            idle |= {"batch", "timeout_s"}
+        if self.allocator in ALLOCATORS.entries and "max-tokens" not in self.allocator and self.workload in FORCED:
+            idle |= {"max_tokens"}  # of answers whose length is forced only this reservation knows
+        return {name: value for name, value in asdict(self).items() if name not in idle}
+
     def key(self) -> str:
         """Names the record: these settings, the record's format and the source of every policy and mechanism used."""
         policies = [ALLOCATORS.get(self.allocator), SCHEDULERS.get(self.scheduler)]
@@ -90,7 +104,7 @@ class Run:
         data = [Path(text) for text in (self.workload.split(":", 1)[-1], self.hardware)]
         content = {str(path): digest([path]) for path in data if path.is_file()}
         weights = [] if self.simulated else stamps(Path(self.model).expanduser())
-        identity = json.dumps([FORMAT, asdict(self), digest(files), content, weights], sort_keys=True)
+        identity = json.dumps([FORMAT, self.identity(), digest(files), content, weights], sort_keys=True)
         return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 

@@ -118,11 +118,40 @@ OTHER = {
 }
 
 
+ASKING = Run(arrivals="gamma", scheduler="dynamic", allocator="paged-max-tokens")  # in which nearly all settings tell
+ASKING_REAL = replace(ASKING, executor="torch", model="random:opt-13b")
+SIMULATED_ONLY, REAL_ONLY = {"hardware"}, {"device", "dtype"}
+
+
 def test_the_key_changes_with_every_field() -> None:
     assert {field.name for field in fields(Run)} == set(OTHER)
-    keys = [Run().key(), *(replace(Run(), **{name: value}).key() for name, value in OTHER.items())]  # type: ignore[arg-type]
-    assert len(set(keys)) == len(OTHER) + 1
-    assert Run().key() == keys[0]
+    for base, idle in ((ASKING, REAL_ONLY), (ASKING_REAL, SIMULATED_ONLY)):
+        changes = {name: value for name, value in OTHER.items() if getattr(base, name) != value and name not in idle}
+        keys = [base.key(), *(replace(base, **{name: value}).key() for name, value in changes.items())]  # type: ignore[arg-type]
+        assert len(set(keys)) == len(changes) + 1
+        assert base.key() == keys[0]
+
+
+@pytest.mark.parametrize(
+    ("base", "idle"),
+    [
+        (Run(), {"device": "cuda", "dtype": "float16", "burstiness": 0.5, "max_tokens": 512}),
+        (Run(), {"batch": 9, "timeout_s": 2.0}),
+        (Run(duration_s=None, count=9), {"drain": True}),
+        (replace(Run(), executor="torch", model="random"), {"hardware": "h200"}),
+    ],
+)
+def test_settings_that_say_nothing_share_a_record(base: Run, idle: dict[str, Any]) -> None:
+    assert {replace(base, **{name: value}).key() for name, value in idle.items()} == {base.key()}
+
+
+def test_max_tokens_tell_where_lengths_are_not_forced() -> None:
+    for run in (
+        Run(workload="prompts"),
+        Run(workload="trace.csv"),
+        Run(allocator="tests.policies.my_allocator:SizeClasses"),
+    ):
+        assert replace(run, max_tokens=512).key() != run.key()
 
 
 def test_the_key_changes_with_the_format(monkeypatch: pytest.MonkeyPatch) -> None:
