@@ -82,7 +82,7 @@ class Run:
         return self.executor == "simulated"
 
     def identity(self) -> dict[str, Any]:
-        """The settings that its record depends on; those that say nothing in it are out, so that experiments share it."""
+        """The settings that its record depends on, less those that say nothing in it, so that experiments share it."""
         idle = {"device", "dtype"} if self.simulated else {"hardware"}
         if self.arrivals != "gamma":
             idle |= {"burstiness"}
