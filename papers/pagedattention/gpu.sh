@@ -3,8 +3,10 @@
 #
 #   papers/pagedattention/gpu.sh FOLDER PART...       from the root of the repository
 #
-#   tests        kernels against float64 and against torch's attention
+#   tests        kernels against float64 and against torch's attention, the engine's texts with captured steps
+#   tune         the fastest configurations of attention for this GPU: into kernels/tuned.json, and a copy in FOLDER
 #   bench        timings of the kernels, with the two floors measured on the spot
+#   throughput, step, startup   whole workloads, one step, the time to start (python -m lab.bench)
 #   quick        figure 2 over 300 steps: does it run at all
 #   an experiment by its name (OPT-13B's shape, random weights, 12 GiB pool): fragmentation, clock, indirection, preemption,
 #   blocksize, factorial, capacity, growth, gap, systems, fidelity
@@ -14,7 +16,7 @@
 set -uo pipefail
 out=${1:?give a folder for the results}
 shift
-parts=" tests bench quick fragmentation clock indirection preemption blocksize factorial capacity growth gap systems fidelity "
+parts=" tests tune bench throughput step startup quick fragmentation clock indirection preemption blocksize factorial capacity growth gap systems fidelity "
 for part in "$@"; do
   [[ "$parts" == *" $part "* ]] || { echo "part $part is unknown: give some of$parts"; exit 2; }
 done
@@ -36,8 +38,14 @@ status=0
 mkdir -p "$out" "$results"
 for part in "$@"; do
   case "$part" in
-    tests) python3 -m pytest tests/kernels -p no:cacheprovider -k "not ahead_of_time and not name_clash" 2>&1 ;;
+    tests)
+      python3 -c "import xdist" 2>/dev/null && several="-n 8" # mostly compiling
+      python3 -m pytest tests/kernels tests/test_torch_executor.py -p no:cacheprovider ${several:-} \
+        -k "not ahead_of_time and not name_clash" 2>&1
+      ;;
+    tune) python3 -m kernels.tune 2>&1 && cp kernels/tuned.json "$out" ;;
     bench) python3 -m kernels.bench --out "$results" 2>&1 ;;
+    throughput | step | startup) python3 -m lab.bench "$part" --rounds 3 --out "$results" 2>&1 ;;
     quick) python3 -m lab.experiment fragmentation --quick --out results/gpu-quick 2>&1 ;;
     *) timeout --kill-after=30 "${SECONDS_FOR_A_PART:-540}" \
       python3 -m lab.experiment "$part" ${options[$part]:-} --out "$results" 2>&1 ;;
