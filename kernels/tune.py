@@ -66,7 +66,7 @@ def candidates(kind: Kind) -> list[Tuning]:
             (64, 8, 4),
             (128, 4, 2),
         ]
-        return [Tuning(1, 16, *tile, share=share) for tile, share in itertools.product(tiles, (512, 1024))]
+        return [Tuning(1, 16, *tile, share=share) for tile, share in itertools.product(tiles, (256, 512))]
     found = []
     for heads in (heads for heads in (2, 1, 4) if kind.group() % heads == 0):
         found += [Tuning(128 // heads, heads, keys, 8, stages) for keys, stages in ((128, 3), (64, 3))]

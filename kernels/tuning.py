@@ -49,7 +49,7 @@ class Tuning(NamedTuple):
     keys: int
     warps: int
     stages: int  # how far ahead the loop loads, plus one
-    share: int = 1024  # keys from which on a row of a decode is split, even where there are programs enough
+    share: int = 1024  # keys; a row of over two shares is split into them, even where there are programs enough
     registers: int | None = None  # most per thread: with 128, two programs of 8 warps fit on a processor of NVIDIA's
 
 
@@ -102,13 +102,13 @@ def rule_of_thumb(tile: int, group: int, head_dim: int, itemsize: int, on: Machi
 def plan_splits(programs: int, longest: int, share: int, on: Machine) -> tuple[int, int]:
     """(splits of each row of a decode, least keys of one). `programs`: without splits; `longest`: most keys of a row.
 
-    A small batch is split until every processor has RESIDENT programs; a large one only so that no row takes longer
-    than the rest, at `share` keys. Only the host's numbers decide, so a CUDA graph keeps its grid; the device cuts each
+    A small batch is split until every processor has RESIDENT programs; a large one only where a row may be so long that
+    others would wait for it, over two shares, and then into shares. Only the host's numbers decide, so a CUDA graph keeps its grid; the device cuts each
     row by its own length (`attention._share`), and a short row leaves the splits empty that it has no keys for.
     """
     slots = RESIDENT * on.processors
     if not slots:
         return 1, share
     least = max(FEWEST_KEYS, min(share, -(-share * programs // slots // FEWEST_KEYS) * FEWEST_KEYS))
-    splits = max(slots // programs, -(-longest // share))
+    splits = max(slots // programs, -(-longest // share) if longest > 2 * share else 1)
     return max(1, min(splits, -(-longest // least), MOST_SPLITS)), least

@@ -108,6 +108,8 @@ def test_the_number_of_splits_follows_from_the_shape() -> None:
     for programs, longest, expected in (
         (64 * 40, 1024, (1, 1024)),  # programs enough, none longer than the rest
         (64 * 8, 1024, (1, 1024)),
+        (64 * 8, 2048, (1, 1024)),
+        (64 * 8, 2049, (3, 1024)),
         (256 * 8, 512, (1, 1024)),
         (64 * 8, 8192, (8, 1024)),  # the longest would take the longest: shares of 1024 keys, shorter rows whole
         (8 * 8, 8192, (8, 128)),  # 512 programs for 132 processors
