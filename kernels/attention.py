@@ -43,9 +43,8 @@ from torch import Tensor
 from kernels.checks import check_attention
 from kernels.ragged import Ragged
 from kernels.softmax import walk
-from kernels.tuning import Machine, Tuning, best, machine, plan_splits
+from kernels.tuning import MAX_HEAD_DIM, Machine, Tuning, best, machine, plan_splits
 
-MAX_HEAD_DIM = 256
 LOG2_E = math.log2(math.e)
 
 

@@ -19,6 +19,7 @@ HOPPER_SHARED_BYTES = 227 * 1024
 RESIDENT = 4  # programs that a processor works on at a time, about: they wait for memory in turns
 FEWEST_KEYS = 128  # of a split: with fewer, starting it and combining cost more than it saves
 MOST_SPLITS = 64
+MAX_HEAD_DIM = 256
 
 
 class Machine(NamedTuple):
@@ -103,8 +104,9 @@ def plan_splits(programs: int, longest: int, share: int, on: Machine) -> tuple[i
     """(splits of each row of a decode, least keys of one). `programs`: without splits; `longest`: most keys of a row.
 
     A small batch is split until every processor has RESIDENT programs; a large one only where a row may be so long that
-    others would wait for it, over two shares, and then into shares. Only the host's numbers decide, so a CUDA graph keeps its grid; the device cuts each
-    row by its own length (`attention._share`), and a short row leaves the splits empty that it has no keys for.
+    others would wait for it, over two shares, and then into shares. Only the host's numbers decide, so a CUDA graph
+    keeps its grid; the device cuts each row by its own length (`attention._share`), and a short row leaves the splits
+    empty that it has no keys for.
     """
     slots = RESIDENT * on.processors
     if not slots:

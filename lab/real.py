@@ -17,7 +17,8 @@ from lab.core import InputError
 from lab.executors.cache import free_bytes
 from lab.executors.torch import TorchExecutor
 from lab.models import LanguageModel
-from lab.models.loading import check_device, load, load_tokenizer
+from lab.models.device import check_device
+from lab.models.loading import load, load_tokenizer
 from lab.pool import PoolSize, pool_size
 
 __all__ = ["TorchExecutor", "device_name", "encoder", "free_gpu_bytes", "gpus", "model", "pool", "release"]

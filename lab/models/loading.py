@@ -14,6 +14,7 @@ from lab.core import InputError, unknown
 from lab.models import DEFAULT, LanguageModel, smollm2
 from lab.models.architectures import check_architecture
 from lab.models.decoder import Decoder, covers
+from lab.models.device import check_device, check_heads, check_type
 from lab.models.files import check_folder, first_line, tensor_names
 from lab.models.gguf import check_gguf, read_gguf
 from lab.models.hub import from_hub
@@ -69,6 +70,7 @@ def load(
     """
     device = check_device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    check_type(device, dtype)
     source = find(name)
     try:
         with quiet():
@@ -80,7 +82,9 @@ def load(
         rule = f"its weights in {dtype} do not fit {device}"
         raise InputError(f"model {name!r}: {rule}: take a smaller model or dtype") from error
     make = Decoder if fused and covers(config) else PackedModel
-    return make(module.to(device), name, _end_of_text(module, source))
+    model = make(module.to(device), name, _end_of_text(module, source))
+    check_heads(device, model.kv, name)
+    return model
 
 
 def load_tokenizer(name: str = DEFAULT) -> Any:
@@ -94,20 +98,6 @@ def load_tokenizer(name: str = DEFAULT) -> Any:
     except Exception as error:  # a tokenizer's files can be wrong in any number of ways
         unread = f"its tokenizer cannot be read ({first_line(error)})"
         raise InputError(f"model {name!r}: {unread}: fetch it again") from error
-
-
-def check_device(device: torch.device | str) -> torch.device:
-    """The device, if it is there."""
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise InputError(f"device {str(device)!r}: unknown: give cpu, cuda or cuda:N") from None
-    if found.type not in ("cpu", "cuda"):
-        raise InputError(f"device {str(device)!r}: there are kernels for cpu and cuda only: give one of them")
-    count = torch.cuda.device_count() if found.type == "cuda" else 1
-    if not count or (found.index or 0) >= count:
-        raise InputError(f"device {str(device)!r}: this machine has {count} CUDA devices: give cpu, or one that exists")
-    return torch.device("cuda", found.index or 0) if found.type == "cuda" else found
 
 
 def _file(path: Path) -> Source:

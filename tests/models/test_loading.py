@@ -16,14 +16,16 @@ from safetensors.torch import load_file, save_file
 from tiny import build, ordinary_logits, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import lab.models.device
 from kernels.ragged import Ragged
 from lab import shapes
 from lab.core import InputError
 from lab.executors.cache import KVCache
-from lab.models import LanguageModel, Packed, smollm2
+from lab.models import KVShape, LanguageModel, Packed, smollm2
 from lab.models.architectures import REFUSED
 from lab.models.decoder import Decoder
-from lab.models.loading import check_device, load, load_tokenizer
+from lab.models.device import check_device, check_heads, check_type
+from lab.models.loading import load, load_tokenizer
 from lab.models.packed import PackedModel
 
 TOKENS = [5, 17, 33, 8, 90, 41]
@@ -159,6 +161,46 @@ def test_wrong_devices() -> None:
     for device, rule in (("tpu", "unknown"), ("meta", "cpu and cuda only"), ("cuda:99", "CUDA devices")):
         with pytest.raises(InputError, match=rule):
             check_device(device)
+
+
+def a_gpu(monkeypatch: pytest.MonkeyPatch, **what: Any) -> torch.device:
+    """One that is not there, with these answers of torch's."""
+    told = {"device_count": 1, "init": None, "get_device_capability": (9, 0), "get_device_name": "Some GPU"} | what
+    for name, answer in told.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    return torch.device("cuda", 0)
+
+
+def test_gpus_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = a_gpu(monkeypatch, get_device_capability=(7, 5))
+    with pytest.raises(InputError, match=r"^dtype bfloat16: Some GPU \(compute .* 7.5\) .*: take --dtype float16$"):
+        check_type(old, torch.bfloat16)
+    check_type(old, torch.float16)
+    check_type(a_gpu(monkeypatch), torch.bfloat16)
+    with pytest.raises(
+        InputError, match=r"heads have 512 numbers, our kernels hold up to 256: run it with --device cpu"
+    ):
+        check_heads(old, KVShape(2, 2, 512, 512), "mine")
+    check_heads(old, KVShape(2, 2, 256, 128), "mine")
+    check_heads(torch.device("cpu"), KVShape(2, 2, 512, 512), "mine")
+
+
+def test_what_a_gpu_needs_besides(monkeypatch: pytest.MonkeyPatch) -> None:
+    a_gpu(monkeypatch)
+    monkeypatch.setattr(lab.models.device, "version", lambda _: "3.5.1")
+    with pytest.raises(InputError, match=r"^triton 3.5.1: our kernels need 3.6 or later: .* --device cpu$"):
+        check_device("cuda")
+    monkeypatch.setattr(lab.models.device, "version", lambda _: "3.10.0")
+    assert check_device("cuda") == torch.device("cuda", 0)
+
+    def old_driver() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11000).\nPlease update")
+
+    a_gpu(monkeypatch, device_count=0)
+    monkeypatch.setattr(torch.cuda, "init", old_driver)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(InputError, match=r"has 0 CUDA devices \(The NVIDIA driver .* 11000\).\): give cpu"):
+        check_device("cuda")
 
 
 def write_gguf(theirs: Any, path: Path) -> None:
