@@ -427,6 +427,20 @@ def test_pools_that_cannot_be(model: LanguageModel, tokens: int, rule: str) -> N
         executor_for(model, tokens)
 
 
+def test_a_step_for_which_memory_is_short(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    executor = executor_for(model, 50)
+    monkeypatch.setattr(model, "logits", full)
+    rule = (
+        r"^a step of 5 tokens in 1 rows: \S+ has no memory left for it beside weights .* GB, pool .* GB: make the pool"
+    )
+    s = sequence([1, 2, 3, 4, 5])
+    with pytest.raises(InputError, match=rule):
+        executor.launch(Plan({s: 5}), {s: [0, 1]})
+
+
 def timed(call: Callable[[], None]) -> float:
     start = time.perf_counter()
     call()

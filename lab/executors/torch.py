@@ -95,9 +95,15 @@ class TorchExecutor:
     def launch(self, plan: Plan, tables: Mapping[Sequence, Seq[int]]) -> None:
         """Queue a step. Tables are read here only. A token id of -1 stands for what the step before will draw."""
         before = self._prepared
-        self.cache.perform(plan.moves)
         rows = lay_out(plan, tables, self.block)
-        self._last = self._run(rows) if rows.rows else Flight()
+        try:
+            self.cache.perform(plan.moves)
+            self._last = self._run(rows) if rows.rows else Flight()
+        except torch.OutOfMemoryError as error:
+            uses = f"weights {self.model.weight_bytes / 1e9:.1f} GB, pool {self.cache.nbytes / 1e9:.1f} GB"
+            step = f"a step of {len(rows.token_ids)} tokens in {len(rows.rows)} rows"
+            rule = f"{self.device} has no memory left for it beside {uses}"
+            raise InputError(f"{step}: {rule}: make the pool smaller (--pool)") from error
         self._flights.append(self._last)
         self.compiled = self._prepared > before
 
