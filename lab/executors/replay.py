@@ -28,7 +28,6 @@ from lab.models import LanguageModel, Packed
 SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 16), *range(288, 513, 32))  # rows of a batch
 # token, position, slot, noise key, temperature, row of the step before; then first, length, dead, rows longest first
 COLUMNS = 10
-
 LONGEST = 1024  # positions; contexts are told apart by powers of four beyond
 NOWHERE = -1
 ALIGNED = 4  # int32 entries: Triton compiles anew for a pointer that is aligned less
@@ -84,8 +83,8 @@ class Replay:
         `before` says in which row the step before drew for a sequence.
         """
         size = next(size for size in SIZES if size >= len(rows.rows))
-        longest = LONGEST
-        while longest < max(row.length + row.dead for row in rows.rows):
+        reads, longest = max(row.length + row.dead for row in rows.rows), LONGEST
+        while longest < reads:
             longest *= 4
         step = self._step(Key(size, longest, rows.paged, any(row.dead for row in rows.rows)))
         self._fill(step, rows, draws, before)
