@@ -185,6 +185,27 @@ BUGS = (
         "",
     ),
     Bug(
+        "replay: rows that fill up a batch store their keys and values",
+        "lab/executors/replay.py",
+        "columns[2] = NOWHERE",
+        "columns[2] = 0",
+        ("tests/test_torch_executor.py",),
+    ),
+    Bug(
+        "replay: a token on its way is taken from the wrong row",
+        "lab/executors/replay.py",
+        "columns[5, place] = before[s]",
+        "columns[5, place] = 0",
+        ("tests/test_torch_executor.py",),
+    ),
+    Bug(
+        "replay: the noise of a row is the first one's",
+        "lab/executors/replay.py",
+        "[draw.key for draw in draws]",
+        "draws[0].key",
+        ("tests/test_torch_executor.py",),
+    ),
+    Bug(
         "accounting: the slot after the last computed token counts as stored",
         "lab/allocators/__init__.py",
         "if any(s.computed > start + offset for s, start, is_ended in holders if not is_ended):",
