@@ -4,9 +4,11 @@ Shapes: T tokens, R rows of one kind, N query tokens of each, L positions read, 
 query heads per KV head, D head_dim, Dv head_dim_v. The layouts are drawn in `kernels/__init__.py`.
 """
 
+import functools
+
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, silu
+from torch.nn.functional import layer_norm, scaled_dot_product_attention, silu
 
 from kernels.checks import check_attention, check_copy, check_norm, check_rotate, check_sample, check_silu, check_store
 from kernels.ragged import Ragged
@@ -48,44 +50,63 @@ def attention(
     """
     check_attention(q, k_cache, v_cache, ragged, scale, window, softcap, sinks)
     out = q.new_zeros(*q.shape[:2], v_cache.shape[3])  # [T, H, Dv]
-    starts, contexts = ragged.starts.long(), ragged.lengths + ragged.dead
-    counts = starts.diff() * (contexts > 0)  # query tokens of each row that reads anything
-    for count in counts[counts > 0].unique().tolist():  # rows with as many queries together, as long as the longest
-        alike = (counts == count).nonzero()[:, 0]
-        logits_per_row = count * q.shape[1] * int(contexts[alike].max())
-        for rows in alike.split(max(1, MAX_LOGITS // logits_per_row)):  # [R]
-            tokens = starts[rows, None] + torch.arange(count, device=q.device)  # [R, N]
-            out[tokens] = _attend(q[tokens], k_cache, v_cache, ragged, rows, scale, window, softcap, sinks)
+    for tokens, slots, seen in _plan(ragged, q.shape[1], window):
+        k, v = _gather(k_cache, slots).float(), _gather(v_cache, slots).float()  # [R, L, Hk, D], [R, L, Hk, Dv]
+        grouped = q[tokens].float().unflatten(2, (k.shape[2], -1))  # [R, N, Hk, G, D]
+        if softcap is None and sinks is None:
+            attended = _attend(grouped, k, v, seen, scale)
+        else:
+            attended = _attend_by_hand(grouped, k, v, seen, scale, softcap, sinks)
+        out[tokens] = attended.flatten(2, 3).to(q.dtype)
     return out
 
 
-def _attend(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    ragged: Ragged,
-    rows: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+@functools.lru_cache(maxsize=2)  # all layers of a step ask the same; two, where some layers have a window
+def _plan(ragged: Ragged, num_heads: int, window: int | None) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Rows that are computed together: their tokens [R, N], the slots they read [R, L], who sees these [R, N, L]."""
+    starts, contexts = ragged.starts.long(), ragged.lengths + ragged.dead
+    counts = starts.diff() * (contexts > 0)  # query tokens of each row that reads anything
+    found = []
+    for count in counts[counts > 0].unique().tolist():  # rows with as many queries together, as long as the longest
+        alike = (counts == count).nonzero()[:, 0]
+        logits_per_row = count * num_heads * int(contexts[alike].max())
+        for rows in alike.split(max(1, MAX_LOGITS // logits_per_row)):  # [R]
+            tokens = starts[rows, None] + torch.arange(count, device=starts.device)  # [R, N]
+            found.append((tokens, *_keys_of(ragged, rows, count, window)))
+    return found
+
+
+def _gather(cache: Tensor, slots: Tensor) -> Tensor:
+    """What lies in slots [R, L] of cache [num_blocks, block, Hk, D]: [R, L, Hk, D]."""
+    if cache.stride(0) == cache.shape[1] * cache.stride(1):  # as one list of slots, which is faster to pick from
+        return cache.flatten(0, 1).index_select(0, slots.flatten()).unflatten(0, slots.shape)
+    return cache[slots // cache.shape[1], slots % cache.shape[1]]
+
+
+def _attend(grouped: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """Attention of grouped queries [R, N, Hk, G, D] as torch has it, over those keys that are seen [R, N, L]."""
+    count, groups = grouped.shape[1], grouped.shape[3]
+    q = grouped.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [R, Hk, G * N, D]
+    mask = seen[:, None].expand(-1, groups, -1, -1).flatten(1, 2)[:, None]  # [R, 1, G * N, L]
+    out = scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale)
+    out = out.unflatten(2, (groups, count)).permute(0, 3, 1, 2, 4)  # [R, N, Hk, G, Dv]
+    return out.masked_fill(~seen.any(-1)[:, :, None, None, None], 0.0)
+
+
+def _attend_by_hand(
+    grouped: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
 ) -> Tensor:
-    """Attention of q [R, N, H, D], the queries of `rows` [R] -> [R, N, H, Dv]."""
-    num_kv_heads = k_cache.shape[2]
-    blocks, offsets, seen = _keys_of(ragged, rows, q.shape[1], window)  # [R, L], [R, L], [R, N, L]
-    k = k_cache[blocks, offsets].float()  # [R, L, Hk, D]
-    v = v_cache[blocks, offsets].float()  # [R, L, Hk, Dv]
-    grouped = q.float().unflatten(2, (num_kv_heads, -1))  # [R, N, Hk, G, D]
+    """The same with a cap on the logits, or sinks [H] in the sum."""
     logits = torch.einsum("rnkgd,rlkd->rkgnl", grouped, k) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits.masked_fill(~seen[:, None, None], float("-inf"))
-    weights = _softmax(logits, None if sinks is None else sinks.float().view(num_kv_heads, -1, 1, 1))
-    return torch.einsum("rkgnl,rlkd->rnkgd", weights, v).flatten(2, 3).to(q.dtype)
+    weights = _softmax(logits, None if sinks is None else sinks.float().view(k.shape[2], -1, 1, 1))
+    return torch.einsum("rkgnl,rlkd->rnkgd", weights, v)
 
 
-def _keys_of(ragged: Ragged, rows: Tensor, count: int, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the positions that these rows read lie, as blocks and offsets [R, L], and who sees them [R, N, L].
+def _keys_of(ragged: Ragged, rows: Tensor, count: int, window: int | None) -> tuple[Tensor, Tensor]:
+    """The slots that these rows read [R, L], and who sees what lies there [R, N, L].
 
     A row reads its live positions [low, high) and then `dead` more, whose addresses wrap around inside [low, high).
     So do the positions that fill a short row up to L: nothing outside a row's own live positions is ever read.
@@ -106,7 +127,7 @@ def _keys_of(ragged: Ragged, rows: Tensor, count: int, window: int | None) -> tu
     seen = (keys < high[..., None]) & (keys <= queries)
     if window is not None:
         seen &= queries - keys < window
-    return blocks, address % ragged.block, seen
+    return blocks * ragged.block + address % ragged.block, seen
 
 
 def _softmax(logits: Tensor, sinks: Tensor | None) -> Tensor:

@@ -46,8 +46,8 @@ def test_dead_positions_change_nothing() -> None:
 def test_dead_positions_are_read() -> None:
     """They cost what they are said to cost: the gather takes as many positions more."""
     ragged = Ragged.build([(1, 4, 5, 30, [0, 1])], 4, True, "cpu")
-    blocks, _, seen = reference._keys_of(ragged, torch.tensor([0]), 1, None)
-    assert blocks.shape == (1, 35)
+    slots, seen = reference._keys_of(ragged, torch.tensor([0]), 1, None)
+    assert slots.shape == (1, 35)
     assert int(seen.sum()) == 5
 
 
