@@ -4,11 +4,12 @@
     python -m lab.bench step                   the time of one step at batch 1, against that of reading the weights
     python -m lab.bench startup                from the shell to the first token, with nothing compiled and with all
     python -m lab.bench laptop                 SmolLM2 on this CPU, beside transformers' own generate
+    python -m lab.bench kernels                the kernels alone: python -m kernels.bench
 
 All requests come at once, output lengths are forced and weights random, of the true shape: speed does not depend on
 their values. The floor is bytes / bandwidth + operations / rate: K and V that decoding reads once, all weights once a
 step, and the arithmetic of the prompts; both rates are measured on the spot. A first round, in which kernels are
-compiled and graphs captured, does not count; of the others the median does. Kernels alone: python -m kernels.bench.
+compiled and graphs captured, does not count; of the others the median does.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from typing import Any
 
 import torch
 
+import kernels.bench
 from kernels.timing import measure_floors
 from lab.allocators import ALLOCATORS
 from lab.core import Group, InputError, Limits, Request, SamplingParams, unknown
@@ -257,13 +259,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m lab.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["throughput", "step", "startup", "laptop", "first-token"])
+    parser.add_argument("what", choices=["throughput", "step", "startup", "laptop", "kernels", "first-token"])
     parser.add_argument("cases", nargs="*", metavar="CASE", help="of throughput: " + ", ".join(CASES))
     parser.add_argument("--rounds", type=int, default=5, help="of each case; every second one is recorded")
     parser.add_argument("--depth", type=int, choices=(0, 1), default=1, help="steps that run while the next is planned")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write what was measured there, as JSON")
     args = parser.parse_args(arguments)
+    if args.what == "kernels":
+        return kernels.bench.main(["--out", str(args.out)] if args.out else [])
     said = Said()
     try:
         with redirect_stdout(said):
