@@ -228,3 +228,20 @@ def test_rates_that_are_none_are_refused(rate: str, tmp_path: Path, capsys: pyte
     error = capsys.readouterr().err
     assert error.startswith("error: rate ")
     assert error.count("\n") == 1
+
+
+def test_an_h100_is_asked_at_shares_of_the_knee_that_was_predicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class H100:
+        @staticmethod
+        def device_name(device: str) -> str:
+            assert device == "cuda"
+            return "NVIDIA H100 80GB HBM3"
+
+    monkeypatch.setattr(capacity, "real", lambda: H100)
+    systems = ["vllm", "orca-oracle", "orca-max"]
+    asked = replace(options(tmp_path, device="cuda"), systems=systems, seeds=[0], quick=False)
+    runs = capacity.runs(asked)
+    assert [run.rate for run in runs] == [4.64, 6.97, 8.51, 2.32, 3.48, 4.26, 1.27, 1.9, 2.32]
+    assert {run.duration_s for run in runs} == {300.0}
