@@ -86,8 +86,8 @@ RATES: dict[Curve, tuple[float, ...]] = {  # around the knees on the virtual A10
     ("alpaca", "fastertransformer"): (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.35, 1.5, 1.8),
 }
 OF_DRAIN: tuple[float, ...] = (0.3, 0.45, 0.6, 0.75, 0.9, 1.0, 1.1, 1.25, 1.45, 1.8)  # where no rates are declared
-# Knees of ShareGPT at AT that the virtual clock predicts for 300 s on an H100 (--hardware h100-80gb, seeds 0 to 2), and the
-# shares of them at which the real one is asked: each takes five to seven minutes.
+# Knees of ShareGPT at AT that the virtual clock predicts for 300 s on an H100 (--hardware h100-80gb, seeds 0 to 2), and
+# the shares of them at which the real one is asked: each takes five to seven minutes.
 PREDICTED, OF_PREDICTED = {"vllm": 7.74, "orca-oracle": 3.87, "orca-max": 2.11}, (0.6, 0.9, 1.1)
 OF_DRAIN_REAL: tuple[float, ...] = (0.7, 1.0, 1.25)  # about 0.6, 0.9 and 1.1 of the knee: each takes minutes
 FREE = {"allocator", "scheduler", "batch", "timeout_s", "watermark", "executor", "hardware", "device", "dtype"}

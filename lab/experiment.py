@@ -156,6 +156,8 @@ def _parser() -> argparse.ArgumentParser:
         help="a small version, in seconds; claims about the paper's numbers are not judged",
     )
     add("--fresh", action="store_true", help="run again what has finished before")
+    late = "begin no run later than this; the same command goes on with the others (exit status 3)"
+    add("--stop-after", dest="stop_after_s", type=float, default=math.inf, metavar="S", help=late)
     return parser
 
 
@@ -181,6 +183,8 @@ def _epilog() -> str:
 def _options(args: argparse.Namespace) -> Options:
     chosen = {field.name: getattr(args, field.name, None) for field in fields(Run)}
     several = ("allocator", "scheduler", "seed")
+    if not args.stop_after_s > 0:
+        raise InputError(f"stop-after {args.stop_after_s:g}: must be a number of seconds above zero")
     return Options(
         changes={name: value for name, value in chosen.items() if value is not None and name not in several},
         allocators=_named(args.allocator, ALLOCATORS),
@@ -191,6 +195,7 @@ def _options(args: argparse.Namespace) -> Options:
         out=args.out,
         rates=_ascending("rates", args.rates),
         thresholds=_ascending("thresholds", args.thresholds),
+        stop_after_s=args.stop_after_s,
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -25,6 +27,7 @@ from lab.run import Run, blame, carry_out, real
 from lab.systems import label
 
 HEADER = "header.json"  # beside every result, as in every record
+STOPPED = 3  # exit status
 RECORD_BYTES = 16 << 20  # room to be had for each record before any work
 
 
@@ -65,7 +68,7 @@ class Experiment(Protocol):
 def perform(experiment: Experiment, runs: list[Run], name: str, options: Options, fresh: bool, command: str) -> int:
     """Records go to `options.out`/runs, shared by all experiments; table, summary and figure to `options.out`/`name`.
 
-    Returns the exit status: 1 where a claim fails. In a quick run none is judged.
+    Returns the exit status: 1 where a claim fails, 3 where runs are left. In a quick run no claim is judged.
     """
     results = options.out
     places = {run: results / "runs" / run.key() for run in runs}
@@ -76,7 +79,12 @@ def perform(experiment: Experiment, runs: list[Run], name: str, options: Options
     make_room(results, len(missing))
     if len(wanted) > len(missing):
         print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are there already (--fresh runs them again)")
-    carry_out_all(missing)
+    carry_out_all(missing, time.monotonic() + options.stop_after_s)
+    left = sum(not place.exists() for place in wanted)
+    if left:
+        there = f"{len(wanted) - left} of {len(wanted)} runs are there"
+        print(f"stopped after {options.stop_after_s:g} s: {there}, and the same command goes on with the others")
+        return STOPPED
     return report(experiment, places, results / name, options, command)
 
 
@@ -93,8 +101,11 @@ def make_room(results: Path, records: int = 0) -> None:
         raise InputError(f"{results}: {rule}: make room or choose another --out")
 
 
-def carry_out_all(places: Mapping[Run, Path]) -> None:
-    """Simulated runs in as many processes as there are cores; real ones one after the other, here or on each GPU."""
+def carry_out_all(places: Mapping[Run, Path], stop_s: float = math.inf) -> None:
+    """Simulated runs in as many processes as there are cores; real ones one after the other, here or on each GPU.
+
+    None is begun after `stop_s` (of time.monotonic).
+    """
     simulated = {run: place for run, place in places.items() if run.simulated}
     spread = {run: place for run, place in places.items() if not run.simulated and run.device == "cuda"}
     gpus = real().gpus() if spread else []
@@ -112,15 +123,18 @@ def carry_out_all(places: Mapping[Run, Path]) -> None:
     try:
         with tqdm(total=len(places), bar_format=layout, mininterval=POLL_S, disable=None) as bar:
             for i, (run, place) in enumerate(one_by_one.items()):
+                if time.monotonic() > stop_s:
+                    return
                 bar.set_description_str(run.allocator)
                 carry_out(run, place, partial(_show, bar, i))
                 _announce(bar, run)
             if spread:
                 bar.set_description_str(f"{len(gpus)} GPUs")
-                in_processes(spread, partial(_show, bar, len(one_by_one)), partial(_announce, bar), gpus)
+                in_processes(spread, partial(_show, bar, len(one_by_one)), partial(_announce, bar), stop_s, gpus)
             if simulated:
                 bar.set_description_str("virtual clock")
-                in_processes(simulated, partial(_show, bar, len(one_by_one) + len(spread)), partial(_announce, bar))
+                before = len(one_by_one) + len(spread)
+                in_processes(simulated, partial(_show, bar, before), partial(_announce, bar), stop_s)
     except BaseException:
         for place in places.values():
             for half_written in place.parent.glob(f".{place.name}.*"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ class Options:
     out: Path
     rates: list[float] | None = None  # requests/s, ascending: of an experiment that looks for the one a system sustains
     thresholds: list[float] | None = None  # seconds per token up to which a rate counts as sustained
+    stop_after_s: float = math.inf  # no run is begun later; the same command goes on
 
     def apply(self, run: Run) -> Run:
         """The run with these changes. A rate spreads out what would come at once; a trace has its own times."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -19,9 +21,16 @@ POLL_S = 0.2
 
 
 def in_processes(
-    places: Mapping[Run, Path], tell: Progress, finished: Callable[[Run], None], gpus: Seq[str] = ()
+    places: Mapping[Run, Path],
+    tell: Progress,
+    finished: Callable[[Run], None],
+    stop_s: float = math.inf,
+    gpus: Seq[str] = (),
 ) -> None:
-    """Carry out each run into its place. `gpus`, as CUDA_VISIBLE_DEVICES calls them, are a process's only one each."""
+    """Carry out each run into its place, but begin none after `stop_s` (of time.monotonic).
+
+    `gpus`, as CUDA_VISIBLE_DEVICES calls them, are a process's only one each.
+    """
     shares = Array("d", len(places) + 1, lock=False)  # of each run that is done; behind them: is it all over
     context = get_context("spawn" if gpus else None)  # CUDA, once in use, does not survive a fork
     free = context.SimpleQueue()
@@ -30,11 +39,12 @@ def in_processes(
     most = min(len(gpus) or os.cpu_count() or 1, len(places))
     workers = ProcessPoolExecutor(most, context, initializer=_begin, initargs=(shares, free if gpus else None))
     try:
-        todo = {workers.submit(_one, i, run, place): run for i, (run, place) in enumerate(places.items())}
+        todo = {workers.submit(_one, i, run, place, stop_s): run for i, (run, place) in enumerate(places.items())}
         while todo:
             for future in wait(todo, POLL_S, FIRST_COMPLETED).done:
-                future.result()
-                finished(todo.pop(future))
+                run = todo.pop(future)
+                if future.result():
+                    finished(run)
             tell(sum(shares[:-1]))
     except BrokenProcessPool:
         raise InputError(
@@ -58,16 +68,21 @@ def _begin(shares: Any, free: Any) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = free.get()
 
 
-def _one(i: int, run: Run, place: Path) -> None:
+def _one(i: int, run: Run, place: Path, stop_s: float) -> bool:
+    """Was it carried out?"""
+
     def tell(share: float) -> None:
         _shares[i] = share
 
     if _shares[-1]:
         raise KeyboardInterrupt
+    if time.monotonic() > stop_s:
+        return False
     signal.signal(signal.SIGINT, _interrupt)
     carry_out(run, place, tell)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _shares[i] = 1.0
+    return True
 
 
 def _interrupt(*_: object) -> None:

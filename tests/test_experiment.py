@@ -374,6 +374,29 @@ def test_a_file_in_the_folder_registers_itself(tmp_path: Path) -> None:
     assert list(rows(tmp_path / "results")["allocator"]) == ["half"]
 
 
+def test_stopped_after_some_time_it_goes_on_with_the_others(
+    command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three = ("--allocator", "paged,paged-max,paged-oracle")
+    assert command(*three, "--stop-after", "1e-9") == 3
+    assert "0 of 3 runs are there, and the same command goes on" in capsys.readouterr().out
+    assert not (tmp_path / "fragmentation").exists()
+
+    def slowly(*run: Any) -> None:
+        carry_out(*run)
+        time.sleep(1.5)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lab.processes.os, "cpu_count", lambda: 1)
+        patch.setattr(lab.processes, "carry_out", slowly)
+        assert command(*three, "--stop-after", "1.5") == 3
+    assert "1 of 3 runs are there" in capsys.readouterr().out
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    assert command(*three) == 0
+    assert "1 of 3 runs are there already" in capsys.readouterr().out
+    assert command("--stop-after", "0") == 2
+
+
 def test_with_several_gpus_each_process_sees_one(tmp_path: Path) -> None:
     """The processes start afresh: they find plug-ins by import path, and each other's runs are not theirs."""
     text = """

@@ -11,6 +11,7 @@
 #   an experiment by its name (OPT-13B's shape, random weights, 12 GiB pool): fragmentation, clock, indirection, preemption,
 #   blocksize, factorial, capacity, growth, gap, systems, fidelity
 #
+# MORE="--stop-after 250" in the environment gives an experiment more options; a run of capacity takes up to seven minutes.
 # With several GPUs each carries out runs of its own. Results lie in results/gpu and, packed after every part with what was
 # printed, in FOLDER; from there papers/pagedattention/reproduce.sh --keep h100 results/gpu takes them into the pages.
 set -uo pipefail
@@ -48,7 +49,7 @@ for part in "$@"; do
     throughput | step | startup) python3 -m lab.bench "$part" --rounds 3 --out "$results" 2>&1 ;;
     quick) python3 -m lab.experiment fragmentation --quick --out results/gpu-quick 2>&1 ;;
     *) timeout --kill-after=30 "${SECONDS_FOR_A_PART:-540}" \
-      python3 -m lab.experiment "$part" ${options[$part]:-} --out "$results" 2>&1 ;;
+      python3 -m lab.experiment "$part" ${options[$part]:-} ${MORE:-} --out "$results" 2>&1 ;;
   esac | tee "$out/$part.txt" || { status=$?; echo "part $part ended with status $status" | tee -a "$out/$part.txt"; }
   rm -f "$out"/results.tgz.*
   tar -czf - -C "$results" . | split -b 15M - "$out/results.tgz." # cat results.tgz.* | tar -xz, to go on elsewhere
