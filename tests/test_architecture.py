@@ -54,10 +54,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lab.metrics": {"lab.core", "lab.record", "lab.latency"},
     "lab.plot": {"lab.core"},
     "lab.real": {"lab.core", "lab.pool", "lab.models", "lab.executors.cache", "lab.executors.torch"},
+    "lab.command": {"lab.core"},
     "lab.detokenise": set(),
     "lab.answers": {"lab.core", "lab.allocators", "lab.beams", "lab.detokenise", "lab.engine"},
     "lab.llm": POLICIES | {"lab.answers", "lab.engine", "lab.real", "lab.record"},
-    "lab.generate": POLICIES | {"lab", "lab.answers", "lab.options", "lab.workloads"},
+    "lab.generate": POLICIES | {"lab", "lab.answers", "lab.command", "lab.workloads"},
     "lab.run": POLICIES
     | {"lab.engine", "lab.executors.simulated", "lab.executors.survival", "lab.hardware", "lab.shapes", "lab.pool"}
     | {"lab.real", "lab.record"}
@@ -85,6 +86,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"lab.latency", "lab.metrics", "lab.plot", "lab.systems", "lab.check", "lab.options", "kernels"},
     "lab.experiment": POLICIES
     | {
+        "lab.command",
         "lab.check",
         "lab.harness",
         "lab.options",
