@@ -57,7 +57,7 @@ class SamplingParams:
             if not isinstance(getattr(self, name), kind):
                 rule = "a whole number" if kind is Integral else "a number"
                 raise InputError(f"{name}={getattr(self, name)!r}: must be {rule}")
-        stop = (self.stop,) if isinstance(self.stop, int | str) else tuple(self.stop or ())
+        stop = tuple(self.stop) if isinstance(self.stop, tuple | list) else (self.stop,)
         object.__setattr__(self, "stop", stop)
         checks = (
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
