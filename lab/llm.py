@@ -74,7 +74,7 @@ class LLM:
         memory = policies[0](pool, block, limits)
         self.scheduler = policies[1](memory, limits, preemption=preemption)
         self.executor = real.TorchExecutor(loaded, pool, block)
-        self.tokenizer = None if model.lower().startswith("random") else real.load_tokenizer(model)
+        self.tokenizer: Any = None if model.lower().startswith("random") else real.load_tokenizer(model)
         self.vocabulary = loaded.vocab_size
         self._answers = Answers(self.decode)
         self._header: dict[str, Any] | None = None
