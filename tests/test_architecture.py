@@ -26,7 +26,7 @@ POLICIES = {"lab.core", "lab.allocators", "lab.schedulers"}
 TENSORS = {"lab.executors.batch", "lab.executors.cache", "lab.executors.sampling"}
 MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
-    "lab": {"lab.core", "lab.llm"},
+    "lab": {"lab.core"},
     "lab.core": set(),
     "lab.sources": set(),
     "lab.shapes": {"lab.core"},
@@ -139,7 +139,6 @@ TORCH_LIVES_IN = (
 
 # (file, what it imports inside a function): each with the reason why it cannot be at the top.
 HIDDEN_IMPORTS: dict[tuple[str, str], str] = {
-    ("lab", "lab.llm"): "it brings torch, which whoever imports a policy does without",
     ("lab.executors.torch", "triton"): "there is none where torch has no GPU support",
     ("lab.workloads.traces", "pyarrow"): "only traces in Parquet need it",
     ("lab.workloads.traces", "pyarrow.parquet"): "the same",

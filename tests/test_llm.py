@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +22,7 @@ from lab.answers import Result
 from lab.latency import latencies
 from lab.llm import AHEAD
 
+ROOT = Path(__file__).parents[1]
 PROMPTS = ["The quick", "A door opens. A", "ça", "def f(x):\n", "Füchse springen über träge Hunde; là-bas", "Nobody"]
 CHAT = [{"role": "user", "content": "Who comes in?"}]
 MORE = SamplingParams(max_tokens=24)
@@ -443,6 +447,17 @@ def test_the_bar_is_for_terminals_and_those_who_ask(llm: LLM, capsys: pytest.Cap
     for progress, shown in ((None, False), (False, False), (True, True)):
         say(progress)
         assert ("2/2" in capsys.readouterr().err) == shown
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in bfloat16 a text may differ")
+def test_the_readme_prints_what_it_says() -> None:
+    """SmolLM2, as a reader would run it."""
+    section = (ROOT / "README.md").read_text().partition("<!-- python -->")[2].partition("<!-- end -->")[0]
+    code, expected = (section.partition(f"```{kind}\n")[2].partition("```")[0] for kind in ("python", "text"))
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == expected
+    assert not done.stderr
 
 
 def test_the_package_names_nothing_else() -> None:
