@@ -3,9 +3,10 @@
 A token is no piece of text by itself: it may be half a character of UTF-8 (byte-level BPE, byte fallback), and whether
 its word begins with a space may hang on the token before it (sentencepiece). So a few tokens are decoded together:
 
-    tokens        ... | start ... | read ... | new
-    decoded before      [ context ][ known   ]             both decoded again with the new one: what is longer than
-    decoded now         [ context ][ known   ][ piece ]    before is the piece, unless it ends in half a character
+    decoded before    [ a window of tokens whose text is known ]
+    decoded now       [ a window of tokens whose text is known ][ piece ]    unless it ends in half a character
+
+The window begins where a piece began, and begins anew when it has grown long.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 HALF = "\ufffd"  # what decoders put for bytes that are no character, or not yet
+WINDOW = 16  # tokens decoded together, or more where no character is complete
 CONTEXT = 6  # tokens of the prompt that are decoded with the first of the answer
 
 Decode = Callable[[list[int]], str]
@@ -26,7 +28,7 @@ class Text:
         self.decode = decode
         self.stop = stop
         self.stopped = False  # a stop string was found; it and what follows are left out
-        self._tokens = list(prompt[-CONTEXT:])  # from `start` on
+        self._tokens = list(prompt[-CONTEXT:])  # the window
         self._read = len(self._tokens)  # of these, the text is known
         self._known = decode(self._tokens).rstrip(HALF)
         self._pieces: list[str] = []
@@ -43,9 +45,10 @@ class Text:
         if len(text) <= len(self._known) or text.endswith(HALF):
             return ""
         piece = text[len(self._known) :]
-        del self._tokens[: self._read]
-        self._read = len(self._tokens)
-        self._known = self.decode(self._tokens)
+        if len(self._tokens) > WINDOW:
+            del self._tokens[: self._read]
+            text = self.decode(self._tokens)
+        self._read, self._known = len(self._tokens), text
         return self._give(piece)
 
     def finish(self) -> str:
