@@ -53,7 +53,7 @@ class Beams(Group):
         request = self.request
         drawn = {s: sampled.pop(s)[0] for s in self.live}
         if request.output is None:
-            ends = eos | set(request.sampling.stop)
+            ends: frozenset[object] = eos | set(request.sampling.stop)
             most = min(request.sampling.max_tokens, limit - len(request.prompt))
         else:
             ends, most = frozenset(), request.output
@@ -64,7 +64,7 @@ class Beams(Group):
         return [(s, reason) for s in self.live]
 
     def advance(
-        self, drawn: Mapping[Sequence, Sampled], ends: Container[int], most: int
+        self, drawn: Mapping[Sequence, Sampled], ends: Container[object], most: int
     ) -> dict[Sequence, list[Sampled]]:
         """One step: continue the beams with tokens out of `top` of what was `drawn`; returns what each one was given.
 

@@ -15,8 +15,13 @@ import sys
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple, TypeVar
 
+NUMBERS: dict[str, type] = {
+    **dict.fromkeys(("max_tokens", "n", "beams", "top_k", "seed", "logprobs"), Integral),
+    **dict.fromkeys(("temperature", "top_p"), Real),
+}  # what sampling parameters must be
 UNKNOWN = -1  # stands for the token that a step in flight will give
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -44,10 +49,16 @@ class SamplingParams:
     top_k: int = 0  # 0 keeps all
     top_p: float = 1.0
     seed: int = 0
-    stop: tuple[int, ...] = ()  # token ids that end a sequence
+    stop: tuple[int | str, ...] = ()  # token ids that end a sequence; strings are for who looks at text (`lab.llm`)
     logprobs: int = 0  # alternatives reported with each token
 
     def __post_init__(self) -> None:
+        for name, kind in NUMBERS.items():
+            if not isinstance(getattr(self, name), kind):
+                rule = "a whole number" if kind is Integral else "a number"
+                raise InputError(f"{name}={getattr(self, name)!r}: must be {rule}")
+        stop = tuple(self.stop) if isinstance(self.stop, tuple | list) else (self.stop,)
+        object.__setattr__(self, "stop", stop)
         checks = (
             ("max_tokens", self.max_tokens >= 1, "at least 1"),
             ("n", self.n >= 1, "at least 1"),
@@ -58,6 +69,12 @@ class SamplingParams:
             ("top_k", self.top_k >= 0, "0 (keep all) or more"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("logprobs", self.logprobs >= 0, "0 or more"),
+            ("seed", -(2**63) <= self.seed < 2**63, "a number of 64 bits"),
+            (
+                "stop",
+                all(isinstance(s, int | str) and s != "" for s in stop),
+                "token ids, and strings that are not empty",
+            ),
         )
         for name, ok, rule in checks:
             if not ok:
@@ -78,6 +95,7 @@ class Request:
     prompt: Seq[int]  # token ids; a `range` where only lengths matter, so that a million requests stay small
     output: int | None = None  # tokens it WILL generate, where the workload forces them: for oracles
     sampling: SamplingParams = SamplingParams()
+    noise: int | None = None  # what its sampling noise is a function of, instead of its id
 
     def __post_init__(self) -> None:
         if not len(self.prompt):

@@ -73,9 +73,12 @@ class Engine:
         *,
         eos: Iterable[int] = (),
         on_end: Callable[[Group], None] | None = None,
+        on_token: Callable[[Sequence, Sampled, str | None], bool] | None = None,
         depth: int = 0,
     ) -> None:
         """`eos`: token ids that end a sequence whose length is not forced; `on_end` is told of each completed group.
+
+        `on_token` is told of each token (not of beams) and why it is the last one, if so; True ends the sequence there.
 
         `depth`: steps that run while the next is planned. With 1 an end by `eos` or a stop token shows a step late: a
         row has been computed meanwhile whose token is dropped. Beams, and allocators that find blocks by their content,
@@ -88,6 +91,7 @@ class Engine:
         self.recorder = recorder
         self.eos = frozenset(eos)
         self.on_end = on_end
+        self.on_token = on_token
         self.depth = depth
         self.flights: deque[Flight] = deque()  # the oldest first
         self.groups: dict[int, Group] = {}  # in flight, by request id
@@ -257,7 +261,10 @@ class Engine:
             for sample in samples:
                 tokens[at : at + 1] = (sample.token,)
                 at += 1
-                if reason := self._reason(s, at, sample.token):
+                reason = self._reason(s, at, sample.token)
+                if self.on_token and self.on_token(s, sample, reason):
+                    reason = "stop"
+                if reason:
                     done.append((s, reason))
                     del tokens[at:]
                     break

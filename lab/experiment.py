@@ -12,11 +12,12 @@ import sys
 import textwrap
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import experiments
 from lab.allocators import ALLOCATORS
 from lab.check import check
+from lab.command import Parser, status
 from lab.core import InputError, Registry, unknown
 from lab.hardware import HARDWARE
 from lab.harness import Experiment, make_room, perform
@@ -29,14 +30,8 @@ from lab.workloads import ARRIVALS
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        return _main(sys.argv[1:] if arguments is None else arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted: finished runs are kept, and the same command goes on from there", file=sys.stderr)
-        return 130
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return status(lambda: _main(arguments), "finished runs are kept, and the same command goes on from there")
 
 
 def names() -> list[str]:
@@ -92,13 +87,6 @@ def _all(options: Options, fresh: bool, command: str) -> int:
 
 def question(experiment: Experiment) -> str:
     return (experiment.__doc__ or "").strip().splitlines()[0]
-
-
-class Parser(argparse.ArgumentParser):
-    """Complains like everything else here: in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; --help says what there is")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,11 +21,12 @@ MOST_LINES_OF_A_FUNCTION = 60
 #   core <- executors.{batch, cache, torch} -> models -> kernels   mechanism half: torch lives here alone
 #   allocators <- record <- metrics <- plot                        reads, never decides
 #   all of them <- run <- harness <- experiments <- experiment
+#   engine, real, record <- llm <- generate
 POLICIES = {"lab.core", "lab.allocators", "lab.schedulers"}
 TENSORS = {"lab.executors.batch", "lab.executors.cache", "lab.executors.sampling"}
 MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
-    "lab": set(),
+    "lab": {"lab.core"},
     "lab.core": set(),
     "lab.sources": set(),
     "lab.shapes": {"lab.core"},
@@ -53,6 +54,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lab.metrics": {"lab.core", "lab.record", "lab.latency"},
     "lab.plot": {"lab.core"},
     "lab.real": {"lab.core", "lab.pool", "lab.models", "lab.executors.cache", "lab.executors.torch"},
+    "lab.command": {"lab.core"},
+    "lab.detokenise": set(),
+    "lab.answers": {"lab.core", "lab.allocators", "lab.beams", "lab.detokenise", "lab.engine"},
+    "lab.llm": POLICIES | {"lab.answers", "lab.engine", "lab.real", "lab.record"},
+    "lab.generate": POLICIES | {"lab", "lab.answers", "lab.command", "lab.workloads"},
     "lab.run": POLICIES
     | {"lab.engine", "lab.executors.simulated", "lab.executors.survival", "lab.hardware", "lab.shapes", "lab.pool"}
     | {"lab.real", "lab.record"}
@@ -80,6 +86,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"lab.latency", "lab.metrics", "lab.plot", "lab.systems", "lab.check", "lab.options", "kernels"},
     "lab.experiment": POLICIES
     | {
+        "lab.command",
         "lab.check",
         "lab.harness",
         "lab.options",
@@ -93,6 +100,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # Policies, and what of the rest must work where torch is not installed.
 WITHOUT_TORCH = (
+    "lab",
     "lab.core",
     "lab.allocators",
     "lab.schedulers",
@@ -104,9 +112,19 @@ WITHOUT_TORCH = (
     "lab.metrics",
     "lab.plot",
     "lab.experiment",
+    "lab.generate",
+    "lab.answers",
     "experiments",
 )
-STANDARD_LIBRARY_ONLY = ("lab.core", "lab.allocators", "lab.schedulers", "lab.engine", "lab.executors.checksum")
+STANDARD_LIBRARY_ONLY = (
+    "lab.core",
+    "lab.allocators",
+    "lab.schedulers",
+    "lab.engine",
+    "lab.executors.checksum",
+    "lab.detokenise",
+    "lab.answers",
+)
 TORCH_LIVES_IN = (
     "lab.executors.batch",
     "lab.executors.cache",

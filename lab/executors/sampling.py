@@ -46,7 +46,9 @@ def draw_of(s: Sequence, ends: int = 1) -> Draw:
     """
     params = s.group.request.sampling
     alternatives = max(params.logprobs, params.beams * (1 + max(1, ends + len(params.stop))))
-    key = noise_key(params.seed, s.group.request.id, s.index, len(s.tokens)) if params.temperature else 0
+    request = s.group.request
+    noise = request.id if request.noise is None else request.noise
+    key = noise_key(params.seed, noise, s.index, len(s.tokens)) if params.temperature else 0
     return Draw(params, key, alternatives)
 
 

@@ -1,0 +1,29 @@
+"""What commands have in common: whatever is wrong is said in one line, with exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from lab.core import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """Complains like everything else here: in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; --help says what there is")
+
+
+def status(work: Callable[[], int], interrupted: str) -> int:
+    """The exit status of a command; `interrupted` is said where somebody ends it (Ctrl-C, or SIGTERM made the same)."""
+    try:
+        return work()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: {interrupted}", file=sys.stderr)
+        return 130
