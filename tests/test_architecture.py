@@ -52,6 +52,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lab.latency": {"lab.core", "lab.record"},
     "lab.metrics": {"lab.core", "lab.record", "lab.latency"},
     "lab.plot": {"lab.core"},
+    "lab.film": {"lab.core", "lab.record", "lab.metrics"},
+    "lab.view": {"lab.core", "lab.record", "lab.film"},
     "lab.real": {"lab.core", "lab.pool", "lab.models", "lab.executors.cache", "lab.executors.torch"},
     "lab.run": POLICIES
     | {"lab.engine", "lab.executors.simulated", "lab.executors.survival", "lab.hardware", "lab.shapes", "lab.pool"}
@@ -103,6 +105,7 @@ WITHOUT_TORCH = (
     "lab.record",
     "lab.metrics",
     "lab.plot",
+    "lab.view",
     "lab.experiment",
     "experiments",
 )
