@@ -67,6 +67,8 @@ def _about(record: Record) -> dict[str, Any]:
     clock = "simulated" if header.get("simulated") else "measured"
     hardware = Path(str(header.get("hardware", "unknown hardware"))).stem
     workload = Path(str(header.get("workload", "unknown requests"))).name
+    if run.get("n", 1) > 1 or run.get("beams"):
+        workload += f", beams of {run['beams']}" if run["beams"] else f", {run['n']} outputs each"
     rate = f" at {run['rate']:g} requests/s" if run.get("rate") else ""
     setting = f"{header.get('model', 'unknown model')}, {workload}{rate}, {clock} on {hardware}"
     block, capacity = int(header["block"]), int(header["capacity"])
@@ -74,13 +76,14 @@ def _about(record: Record) -> dict[str, Any]:
 
 
 class _Clock:
-    """Seconds of the run's clock as whole ticks from the second in which it begins."""
+    """Seconds of the run's clock as whole ticks; of a clock that ran long before, from the second of its first event."""
 
     def __init__(self, record: Record) -> None:
         steps = record.steps
         if not np.isfinite(steps[["start_s", "end_s"]].to_numpy()).all() or (steps["end_s"].diff() < 0).any():
             raise ValueError("steps do not follow each other")
-        self.origin_s = float(math.floor(min([steps["start_s"].iloc[0], *record.events["time_s"].iloc[:1]])))
+        first, last = min([steps["start_s"].iloc[0], *record.events["time_s"].iloc[:1]]), steps["end_s"].iloc[-1]
+        self.origin_s = 0.0 if 0 <= first <= last - first else float(math.floor(first))
         most_s = max(steps["end_s"].iloc[-1] - self.origin_s, 1e-3)
         self.tick_s = 10.0 ** max(-6, math.ceil(math.log10(most_s / 2**30)))  # a microsecond, up to 17 minutes
 
