@@ -76,7 +76,7 @@ def _about(record: Record) -> dict[str, Any]:
 
 
 class _Clock:
-    """Seconds of the run's clock as whole ticks; of a clock that ran long before, from the second of its first event."""
+    """Seconds of the run's clock as whole ticks; of one that ran long before, from the second of its first event."""
 
     def __init__(self, record: Record) -> None:
         steps = record.steps

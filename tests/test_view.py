@@ -7,6 +7,7 @@ import gzip
 import json
 import re
 import shlex
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from lab.allocators import Allocator, _category
 from lab.core import InputError, Plan, Sequence
 from lab.engine import Engine
 from lab.record import Record, Recorder
-from lab.run import Run, executor_of, requests_of, scheduler_of
+from lab.run import Run, carry_out, executor_of, requests_of, scheduler_of
 
 Block = tuple[list[list[int]], dict[str, int]]  # its holders (request, output), and its slots by category
 State = dict[int, Block]
@@ -438,3 +439,20 @@ def test_both_pools_and_both_colour_schemes(browser: Browser, pair: tuple[Path, 
     )
     assert browser.evaluate(f"{unnamed}.map(e => e.outerHTML)") == []
     assert browser.complaints == []
+
+
+@needs_chromium
+@pytest.mark.full
+def test_a_long_record_opens_and_plays(browser: Browser, tmp_path: Path) -> None:
+    """100,000 steps and 983 blocks: open in 3 s, 30 frames a second at any speed."""
+    carry_out(Run(rate=2.0, duration_s=None, count=10**6, steps=100_000), tmp_path / "long")
+    assert view.main([str(tmp_path / "long"), "--out", str(tmp_path / "film.html")]) == 0
+    browser.open(tmp_path / "film.html")
+    assert int(browser.evaluate("document.body.dataset.ready")) < 3000
+    for speed in (1, 16, 256):
+        browser.evaluate(f"show(player.end / 2), player.speed = {speed}, play(true)")
+        frames, since_ms = browser.evaluate("[player.frames, performance.now()]")
+        time.sleep(3)
+        more, until_ms = browser.evaluate("[player.frames, performance.now()]")
+        browser.evaluate("play(false)")
+        assert (more - frames) / (until_ms - since_ms) * 1000 > 30
