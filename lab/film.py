@@ -21,7 +21,7 @@ from lab.core import InputError
 from lab.record import Record
 
 FRAMES = 25_000  # of a film, unless admissions, preemptions and ends alone are more
-KEPT = ["admitted", "resumed", "forked", "preempted", "ended", "cancelled"]  # events whose step is always a frame
+KEPT = ["admitted", "resumed", "preempted", "ended", "cancelled"]  # events whose step is always a frame
 WAITING, PROMPT, DECODING, PREEMPTED, SWAPPED, HOLDING = range(6)  # what a request is doing; names are in film.html
 
 
@@ -118,8 +118,9 @@ def _frames(record: Record, kept: np.ndarray, clock: _Clock) -> dict[str, np.nda
     """A frame is shown from the end of the frame before it, or from its start after a pause, to its own end."""
     steps, totals = record.steps, metrics.categories(record)
     ends = clock.ticks(steps["end_s"])[kept]
+    ends = np.maximum.accumulate(ends - np.arange(len(ends))) + np.arange(len(ends))  # each lasts, if only for a tick
     begins = np.r_[clock.ticks(steps["start_s"].iloc[:1]), ends[:-1]]
-    begins = np.where(_pauses(record)[kept], clock.ticks(steps["start_s"])[kept], begins)
+    begins = np.where(_pauses(record)[kept], np.maximum(begins, clock.ticks(steps["start_s"])[kept]), begins)
     columns = {"step": kept, "begin": begins, "end": ends}
     columns |= {name: totals[name].to_numpy()[kept] for name in metrics.CATEGORIES}
     columns |= {name: steps[name].to_numpy()[kept] for name in ("waiting", "running", "host")}

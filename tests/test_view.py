@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from browser import CHROMIUM, Browser
-from recording import serve
+from recording import Shelf, serve, step
 
 from lab import experiment, view
 from lab import film as films
@@ -79,6 +79,8 @@ CASES = {
     "contiguous, max": Case(Run(allocator="contiguous-max", length=256, **SMALL), {"excess"}),
     "contiguous, doubling": Case(Run(allocator="contiguous-double-firstfit", **SMALL), {"excess"}),
     "static": Case(Run(allocator="paged", scheduler="static", batch=4, **SMALL), {"ended"}),
+    "planned ahead": Case(Run(allocator="paged", depth=1, preemption="swap", **SMALL), {"preempted"}),
+    "beams": Case(Run(allocator="paged", beams=4, **SMALL), {"forked", "preempted"}),
     "prefix cache": Case(Run(allocator="paged-prefix", prefix=40, preemption="swap", n=2, **SMALL), {"stored"}),
 }
 
@@ -87,7 +89,8 @@ def carried_out(run: Run, path: Path | None = None) -> tuple[Record, list[State]
     witness = Witness(path)
     tokens = int(run.pool or 0)
     with witness:
-        Engine(scheduler_of(run, tokens), executor_of(run, tokens), witness).run(requests_of(run))
+        engine = Engine(scheduler_of(run, tokens), executor_of(run, tokens), witness, depth=run.depth)
+        engine.run(requests_of(run))
     return witness.record(), witness.states
 
 
@@ -234,6 +237,23 @@ def test_a_film_begins_with_the_second_in_which_its_clock_does(served: Record) -
     film = films.film(Record(served.header, None, late))
     assert film.about["origin_s"] == 1e9
     assert Player(film).columns["frame_end"].tolist() == [1_000_000, 1_500_000, 2_000_000, 2_500_000]
+
+
+def test_steps_that_take_no_time_are_frames_all_the_same(served: Record) -> None:
+    frames = {name: served.table(name).copy() for name in TABLES}
+    frames["steps"]["end_s"] = [1.0, 1.0, 1.0, 2.5]
+    columns = Player(films.film(Record(served.header, None, frames))).columns
+    assert columns["frame_end"].tolist() == [1_000_000, 1_000_001, 1_000_002, 2_500_000]
+    assert (np.diff(columns["frame_begin"]) > 0).all()
+
+
+def test_a_record_in_which_nobody_gets_memory(tmp_path: Path) -> None:
+    recorder = Recorder(None, {})
+    step(recorder, 0.0, 1.0, Plan(), {}, Shelf(), [], [], 1, 0)
+    recorder.close()
+    player = Player(films.film(recorder.record()))
+    assert player.state(0) == {}
+    assert player.ids == []
 
 
 # ---- what is said of records that cannot be shown
