@@ -446,6 +446,7 @@ def test_both_pools_and_both_colour_schemes(browser: Browser, pair: tuple[Path, 
     browser.open(pair[0])
     notes = browser.evaluate("page('notes').textContent")
     assert "The pools differ (64 blocks of 16 and 50 of 16 tokens)" in notes
+    assert "They served different requests" not in notes  # they differ in what they ask for, not in what is served
     assert "Both play on one clock" in notes
     backs = []
     for scheme in ("light", "dark"):
