@@ -69,7 +69,7 @@ class Case(NamedTuple):
     seen: set[str]  # events and categories without which the case shows nothing
 
 
-WORKLOAD = "uniform:prompt=5-90,output=2-60"
+WORKLOAD = "uniform:prompt=5-90,output=1-60"
 SMALL: dict[str, Any] = {"workload": WORKLOAD, "rate": 30.0, "count": 40, "pool": "800", "duration_s": None}
 TABLES = ("steps", "events", "samples", "tenures", "requests", "tokens")
 CASES = {
@@ -254,6 +254,26 @@ def test_a_record_in_which_nobody_gets_memory(tmp_path: Path) -> None:
     player = Player(films.film(recorder.record()))
     assert player.state(0) == {}
     assert player.ids == []
+
+
+def test_moments_of_a_record_without_events() -> None:
+    recorder = Recorder(None, {})
+    for i in range(8):
+        step(recorder, i, i + 1, Plan(), {}, Shelf(), [], [], 1, 0)
+    recorder.close()
+    assert films.moments(recorder.record(), 3).tolist() == [2, 5, 7]  # every third, and the last
+
+
+def test_a_pause_is_between_two_frames() -> None:
+    """Nobody is in memory while a second passes between step 1 and step 2."""
+    recorder = Recorder(None, {})
+    for i, start_s in enumerate((0.0, 1.0, 3.0, 4.0)):
+        step(recorder, start_s, start_s + 1, Plan(), {}, Shelf(), [], [], i, 0)
+    recorder.close()
+    film = films.film(recorder.record(), frames=1)
+    assert Player(film).columns["frame_step"].tolist() == [1, 2, 3]
+    assert Player(film).columns["frame_begin"].tolist() == [0, 3_000_000, 4_000_000]
+    assert Player(film).columns["frame_end"].tolist() == [2_000_000, 4_000_000, 5_000_000]
 
 
 # ---- what is said of records that cannot be shown
