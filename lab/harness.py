@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 import sys
 import tempfile
@@ -169,8 +170,18 @@ def report(experiment: Experiment, places: Mapping[Run, Path], out: Path, option
         print({True: "holds     ", False: "FAILS     ", None: "not judged"}[claim.holds], f"{claim.text}: {claim.seen}")
     print(f"\nfigure   {out / 'figure.png'}\ntable    {out / 'table.csv'}")
     if places:
-        print(f"records  {next(iter(places.values())).parent}")
+        print(f"records  {next(iter(places.values())).parent}\nfilm     {_film(places)}")
     return int(any(claim.holds is False for claim in claims))
+
+
+def _film(places: Mapping[Run, Path]) -> str:
+    """The command that plays the first record of each of two allocators: reserved and paged, where both are there."""
+    first: dict[str, Path] = {}
+    for run, place in places.items():
+        first.setdefault(run.allocator, place)
+    told_apart = [first[name] for name in ("contiguous-max", "paged") if name in first]
+    shown = told_apart if len(told_apart) == 2 else list(first.values())[:2]
+    return shlex.join(["python", "-m", "lab.view", *map(str, shown)])
 
 
 def gather(experiment: Experiment, places: Mapping[Run, Path], options: Options) -> tuple[pd.DataFrame, dict[str, Any]]:

@@ -62,7 +62,7 @@ def categories(record: Record, window_s: Window = None, last_token: bool = False
     Each category is computed by itself; that they sum to the capacity is asserted. `last_token` counts the last token
     of a sequence as if its K and V were written, as the paper's artifact does.
     """
-    steps, samples, ends = during(record.steps, window_s), record.samples, _ends(record, last_token)
+    steps, samples, ends = during(record.steps, window_s), record.samples, final_lengths(record, last_token)
     first, last = (steps.index[0], steps.index[-1]) if len(steps) else (0, -1)
     inside = slice(*np.searchsorted(samples["step"], [first, last + 1]))  # both are in order of time
     samples, ends = samples[inside], ends[inside]
@@ -201,7 +201,7 @@ def _iterations(record: Record, window_s: Window) -> pd.DataFrame:
     return steps[steps["seqs"] > 0]
 
 
-def _ends(record: Record, last_token: bool) -> np.ndarray:
+def final_lengths(record: Record, last_token: bool = False) -> np.ndarray:
     """Per row of `samples`: tokens of its sequence that were ever written, or will be.
 
     prompt + output - 1 where the output was forced and the sequence ran to its length, or still runs; else the most it
