@@ -36,6 +36,7 @@ import torch
 import kernels.bench
 from kernels.timing import measure_floors
 from lab.allocators import ALLOCATORS
+from lab.command import Parser, status
 from lab.core import Group, InputError, Limits, Request, SamplingParams, unknown
 from lab.engine import Engine
 from lab.executors.cache import free_bytes
@@ -256,7 +257,12 @@ def ceilings(device: str) -> tuple[float, float]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return status(lambda: _main(arguments), "nothing was kept")
+
+
+def _main(arguments: list[str]) -> int:
+    parser = Parser(
         prog="python -m lab.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=["throughput", "step", "startup", "laptop", "kernels", "first-token"])
@@ -269,14 +275,10 @@ def main(arguments: list[str] | None = None) -> int:
     if args.what == "kernels":
         return kernels.bench.main(["--out", str(args.out)] if args.out else [])
     said = Said()
-    try:
-        with redirect_stdout(said):
-            rows = _measure(args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with redirect_stdout(said):
+        rows = _measure(args)
     if args.out:
-        command = shlex.join(["python", "-m", "lab.bench", *(sys.argv[1:] if arguments is None else arguments)])
+        command = shlex.join(["python", "-m", "lab.bench", *arguments])
         machine = real().device_name("cpu" if args.what == "laptop" else args.device)
         header = describe(model="", workload="", seed=0, simulated=False, hardware=machine, gpu=machine)
         args.out.mkdir(parents=True, exist_ok=True)

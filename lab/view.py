@@ -5,17 +5,17 @@ The page is `film.html` with the films in it (`lab.film`); it needs no network.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import gzip
 import json
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
+from lab.command import Parser, status
 from lab.core import InputError
 from lab.film import FRAMES, Film, film
 from lab.record import Record
@@ -24,11 +24,8 @@ PAGE = Path(__file__).with_name("film.html")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        return _main(sys.argv[1:] if arguments is None else arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    arguments = sys.argv[1:] if arguments is None else arguments
+    return status(lambda: _main(arguments), "no film was written")
 
 
 def _main(arguments: list[str]) -> int:
@@ -50,15 +47,8 @@ def _main(arguments: list[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """Complains like everything else here: in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; --help says what there is")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m lab.view", description="Write a page that plays what happened in a run's memory.")
+def _parser() -> Parser:
+    parser = Parser(prog="python -m lab.view", description="Write a page that plays what happened in a run's memory.")
     add = parser.add_argument
     add("results", nargs="+", type=Path, metavar="RESULT", help="the folder of a run, as results/runs/KEY; two at most")
     add("--out", type=Path, default=Path("film.html"), metavar="FILE", help="the page (default: film.html)")

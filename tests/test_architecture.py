@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lab.metrics": {"lab.core", "lab.record", "lab.latency"},
     "lab.plot": {"lab.core"},
     "lab.film": {"lab.core", "lab.record", "lab.metrics"},
-    "lab.view": {"lab.core", "lab.record", "lab.film"},
+    "lab.view": {"lab.command", "lab.core", "lab.record", "lab.film"},
     "lab.real": {"lab.core", "lab.pool", "lab.models", "lab.executors.cache", "lab.executors.torch"},
     "lab.command": {"lab.core"},
     "lab.detokenise": set(),
@@ -70,7 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lab.options": {"lab.core", "lab.run", "lab.systems"},
     "lab.bench": POLICIES
     | {"lab.engine", "lab.executors.cache", "lab.executors.torch", "lab.models", "lab.pool", "lab.real", "lab.record"}
-    | {"lab.run", "lab.shapes", "kernels"},
+    | {"lab.command", "lab.run", "lab.shapes", "kernels"},
     "lab.processes": {"lab.core", "lab.run"},
     "lab.harness": {
         "lab.options",
