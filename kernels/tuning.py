@@ -104,13 +104,14 @@ def plan_splits(programs: int, longest: int, share: int, on: Machine) -> tuple[i
     """(splits of each row of a decode, least keys of one). `programs`: without splits; `longest`: most keys of a row.
 
     A small batch is split until every processor has RESIDENT programs; a large one only where a row may be so long that
-    others would wait for it, over two shares, and then into shares. Only the host's numbers decide, so a CUDA graph
-    keeps its grid; the device cuts each row by its own length (`attention._share`), and a short row leaves the splits
-    empty that it has no keys for.
+    others would wait for it, over two shares, and then into shares; the more programs take turns, the longer that is.
+    Only the host's numbers decide, so a CUDA graph keeps its grid; the device cuts each row by its own length
+    (`attention._share`), and a short row leaves the splits empty that it has no keys for.
     """
     slots = RESIDENT * on.processors
     if not slots:
         return 1, share
-    least = max(FEWEST_KEYS, min(share, -(-share * programs // slots // FEWEST_KEYS) * FEWEST_KEYS))
-    splits = max(slots // programs, -(-longest // share) if longest > 2 * share else 1)
+    even = -(-share * programs // slots // FEWEST_KEYS) * FEWEST_KEYS  # keys that take as long as `share` on a full GPU
+    least, long = max(FEWEST_KEYS, min(share, even)), max(share, even)
+    splits = max(slots // programs, -(-longest // long) if longest > 2 * long else 1)
     return max(1, min(splits, -(-longest // least), MOST_SPLITS)), least

@@ -111,6 +111,8 @@ def test_the_number_of_splits_follows_from_the_shape() -> None:
         (64 * 8, 2048, (1, 1024)),
         (64 * 8, 2049, (3, 1024)),
         (256 * 8, 512, (1, 1024)),
+        (256 * 8, 4096, (1, 1024)),  # others have work for as long
+        (256 * 8, 16384, (4, 1024)),
         (64 * 8, 8192, (8, 1024)),  # the longest would take the longest: shares of 1024 keys, shorter rows whole
         (8 * 8, 8192, (8, 128)),  # 512 programs for 132 processors
         (8, 8192, (64, 128)),
