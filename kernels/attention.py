@@ -64,16 +64,18 @@ def attention_kernel(
     # -- which queries: a piece of one tile of the batch, and heads of one group; which keys --
     HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     # Neighbours read the same place: in a decode the heads of a row, in a prompt the tiles of a head.
-    part, tile = tl.program_id(1 if TOKENS > 1 else 0), tl.program_id(0 if TOKENS > 1 else 1)
+    # Long rows come first, and all splits of one before the next row's: none of theirs is left for the end.
+    part, tile = tl.program_id(1 if TOKENS > 1 else 0), tl.program_id(0 if TOKENS > 1 else 2)
+    split, splits = tl.program_id(2 if TOKENS > 1 else 1), tl.num_programs(2 if TOKENS > 1 else 1)
     place, kv_head = tile // PIECES, part // HEAD_TILES
     row, start, left, first = _queries(places_ptr + 2 * place, starts_ptr, firsts_ptr, tile % PIECES, PIECES, TOKENS)
     low, high, end = _span(first, min(left, TOKENS), lengths_ptr + row, dead_ptr + row, window, DEAD)
     at, stop = low, end
     if parts_ptr is not None:
-        share = _share(end - low, share, tl.num_programs(2), N)
-        at += tl.program_id(2) * share
+        share = _share(end - low, share, splits, N)
+        at += split * share
         stop = min(end, at + share)
-    if (left <= 0) | ((at >= end) & (tl.program_id(2) > 0)):  # no queries in this piece, no keys for this split
+    if (left <= 0) | ((at >= end) & (split > 0)):  # no queries in this piece, no keys for this split
         return
     m = tl.arange(0, TOKENS * HEADS)  # rows of the tile are pairs (token, head)
     head = part % HEAD_TILES * HEADS + m % HEADS  # [M] within the group
@@ -87,9 +89,9 @@ def attention_kernel(
     largest = tl.full([TOKENS * HEADS], -1e30, tl.float32)  # finite: -inf - -inf would be NaN
     total = tl.zeros([TOKENS * HEADS], tl.float32)
     if sinks_ptr is not None:  # a logit seen first, in one of the splits, with no value
-        sinks = tl.load(sinks_ptr + head, mask=live & (tl.program_id(2) == 0), other=-1e30).to(tl.float32)
+        sinks = tl.load(sinks_ptr + head, mask=live & (split == 0), other=-1e30).to(tl.float32)
         largest = tl.maximum(largest, sinks * 1.4426950408889634)  # log2(e)
-        total += tl.where(tl.program_id(2) == 0, 1.0, 0.0)
+        total += tl.where(split == 0, 1.0, 0.0)
     state = largest, total, tl.zeros([TOKENS * HEADS, DV_PAD], tl.float32)
     memory = (tables_ptr + row * stride_table, k_ptr + kv_head.to(tl.int64) * stride_k_head, stride_k_block,
               stride_k_offset, v_ptr + kv_head.to(tl.int64) * stride_v_head, stride_v_block, stride_v_offset)
@@ -107,7 +109,7 @@ def attention_kernel(
         tl.store(out_ptr + out_offsets, values.to(out_ptr.dtype.element_ty), mask=stored)
     else:
         head += place.to(tl.int64) * (tl.num_programs(0) // HEAD_TILES * GROUP)  # decodes only: axis 0 is heads
-        parts_ptr += (head * tl.num_programs(2) + tl.program_id(2)) * (DV + 4)  # [M]
+        parts_ptr += (head * splits + split) * (DV + 4)  # [M]
         tl.store(parts_ptr[:, None] + dv[None, :], values, mask=stored)
         tl.store(parts_ptr + DV, largest + tl.log2(total), mask=live)
 
@@ -273,7 +275,7 @@ def attention(
             parts, share = None, 0
             if tokens == 1:
                 splits, share = _splits(ragged, window, num_tiles * programs, tile, on)
-                grid = (programs, num_tiles, splits)
+                grid = (programs, splits, num_tiles)
                 if splits > 1:
                     parts = q.new_empty(num_tiles, num_heads, splits, head_dims[1] + 4, dtype=torch.float32)
             tensors = (q, k_cache, v_cache, out, sinks, parts, share, *rows, ragged.tables, places)
