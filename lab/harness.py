@@ -22,7 +22,7 @@ from tqdm import tqdm
 from lab import plot
 from lab.core import InputError
 from lab.options import Options
-from lab.processes import POLL_S, in_processes
+from lab.processes import POLL_S, in_processes, warm_up
 from lab.record import Record
 from lab.run import Run, blame, carry_out, real
 from lab.systems import label
@@ -127,6 +127,7 @@ def carry_out_all(places: Mapping[Run, Path], stop_s: float = math.inf) -> None:
                 if time.monotonic() > stop_s:
                     return
                 bar.set_description_str(run.allocator)
+                warm_up(run)
                 carry_out(run, place, partial(_show, bar, i))
                 _announce(bar, run)
             if spread:

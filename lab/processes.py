@@ -1,4 +1,4 @@
-"""Runs in processes of their own: on the virtual clock as many as there are cores, on GPUs one for each GPU."""
+"""Runs in processes of their own, on the virtual clock as many as there are cores, on GPUs one for each; warm-up."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from multiprocessing import Array, active_children, get_context
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lab.core import InputError
 from lab.run import Progress, Run, carry_out
 
 POLL_S = 0.2
+WARM_REQUESTS, WARM_STEPS = 40, 200
 
 
 def in_processes(
@@ -59,6 +61,26 @@ def in_processes(
         workers.shutdown(wait=True, cancel_futures=True)
 
 
+def warm_up(run: Run) -> None:
+    """On a GPU: serve a few of its requests, unrecorded, so that kernels are compiled before the run's clock starts.
+
+    Once in a process for each kind of run: compiled kernels stay.
+    """
+    if run.simulated or not run.device.startswith("cuda"):
+        return
+    short = shortened(run)
+    kind = replace(short, seed=0, preemption="recompute")
+    if kind not in _warm:
+        carry_out(short, None)
+        _warm.add(kind)
+
+
+def shortened(run: Run) -> Run:
+    """Its first requests, all at once, for some steps: prompts and decodes of most sizes of batch."""
+    few = min(run.count or WARM_REQUESTS, WARM_REQUESTS)
+    return replace(run, arrivals="all", rate=None, duration_s=None, count=few, steps=WARM_STEPS, drain=True)
+
+
 def _begin(shares: Any, free: Any) -> None:
     global _shares
     _shares = shares
@@ -79,6 +101,7 @@ def _one(i: int, run: Run, place: Path, stop_s: float) -> bool:
     if time.monotonic() > stop_s:
         return False
     signal.signal(signal.SIGINT, _interrupt)
+    warm_up(run)
     carry_out(run, place, tell)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _shares[i] = 1.0
@@ -92,3 +115,4 @@ def _interrupt(*_: object) -> None:
 
 
 _shares: Any = None  # of a worker process, seen by the parent
+_warm: set[Run] = set()  # in this process

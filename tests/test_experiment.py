@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -438,3 +439,20 @@ def test_with_several_gpus_each_process_sees_one(tmp_path: Path) -> None:
     for seed in range(4):
         alone = carry_out(Run(duration_s=20, seed=seed), None).record()
         assert Record.load(tmp_path / "runs" / str(seed)).steps.equals(alone.steps)
+
+
+def test_runs_on_a_gpu_are_warmed_up_once_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unrecorded, with few of the same requests; elsewhere nothing is compiled, and nothing warmed up."""
+    served: list[tuple[Run, Path | None]] = []
+    monkeypatch.setattr(lab.processes, "carry_out", lambda run, path: served.append((run, path)))
+    monkeypatch.setattr(lab.processes, "_warm", set())
+    gpu = Run(executor="torch", model="random:opt-13b", device="cuda", workload="sharegpt", rate=4.0, duration_s=300.0)
+    for run in (gpu, replace(gpu, rate=8.0, seed=1), replace(gpu, block=1), replace(gpu, device="cpu"), Run()):
+        lab.processes.warm_up(run)
+    assert [(run.block, run.count, run.arrivals, path) for run, path in served] == [
+        (16, lab.processes.WARM_REQUESTS, "all", None),
+        (1, lab.processes.WARM_REQUESTS, "all", None),
+    ]
+    twin = replace(served[0][0], executor="simulated", model="opt-13b", device="cpu")
+    steps = carry_out(twin, None).record().steps
+    assert len(steps) == lab.processes.WARM_STEPS
