@@ -297,8 +297,8 @@ def folder(tmp_path: Path, served: Record) -> Path:
 def test_a_record_that_is_not_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ("--out", folder.parent / "film.html")
     assert "no such record" in said(capsys, folder / "nowhere", *out)
-    assert "holds 1 runs: give the folder of one or two, as" in said(capsys, folder.parent, *out)
-    assert "holds 1 runs: give the folder of one or two, as" in said(capsys, folder.parent.parent, *out)
+    assert "holds 1 runs: give the folder of one, as" in said(capsys, folder.parent, *out)
+    assert "holds 1 runs: give the folder of one, as" in said(capsys, folder.parent.parent, *out)
     assert "3 records: a page shows one, or two" in said(capsys, folder, folder, folder, *out)
     assert "--frames 0" in said(capsys, folder, "--frames", "0", *out)
     assert "--help" in said(capsys)
