@@ -24,7 +24,7 @@ from lab.view import load
 
 Event = dict[str, Any]
 
-PHASES = ("waiting", "prompt", "decode", "preempted", "swapped", "ended, memory still held")  # by number, as in lab.film
+PHASES = ("waiting", "prompt", "decode", "preempted", "swapped", "ended, memory held")  # by number, as in lab.film
 FIRST_THREAD = 1000  # above all processes: a thread with its process's number would be taken for its main one
 
 
@@ -140,10 +140,11 @@ def _requests(record: Record, origin_s: float, process: int, threads: Iterator[i
     thread_of = dict(zip(requests.index.tolist(), threads, strict=False))
     sizes = requests[["prompt_tokens", "output_tokens"]].fillna(0).astype(int)
     for rank, (request, prompt, output) in enumerate(sizes.itertuples(name=None)):
-        name = f"request {request}: prompt {prompt}" + (f", output {output}" if output else "")
+        name = f"request {request}: {prompt} + {output} tokens" if output else f"request {request}: {prompt} tokens"
         yield _meta(process, thread_of[request], "thread_name", name=name)
         yield _meta(process, thread_of[request], "thread_sort_index", sort_index=rank)
     doing = spells(record, requests)
+    doing = doing[doing["stop"] > doing["begin"]]
     begins, stops = (_ns(doing[column], origin_s).tolist() for column in ("begin", "stop"))
     for rank, kind, begin, stop in zip(doing["request"], doing["kind"], begins, stops, strict=True):
         thread = thread_of[requests.index[rank]]
