@@ -77,10 +77,10 @@ def _contents(results: Seq[Result]) -> str:
 
 def _section(result: Result) -> str:
     asked, rest = question(result.name)
-    clock = {True: "SIMULATED", False: "MEASURED"}.get(result.header.get("simulated"), "CLOCK UNKNOWN")
+    clock, _, _ = _clock(result.header).partition(" ")
     parts = [
         f'<section id="{_anchor(result)}">',
-        f'<h2>{escape(_path(result))}<span class="clock">{clock}</span></h2>',
+        f'<h2>{escape(_path(result))}<span class="clock">{escape(clock.strip(","))}</span></h2>',
         f'<p class="ask">{escape(asked or "No experiment of this name is in this version.")}</p>',
         *(f'<p class="muted">{_marked(text)}</p>' for text in rest.split("\n\n") if text),
         *(f'<p class="trouble">{escape(problem)}</p>' for problem in result.problems),
@@ -152,20 +152,21 @@ def _setting(result: Result) -> str:
 
 def _clock(header: Mapping[str, Any]) -> str:
     hardware = Path(str(header.get("hardware", "unknown hardware"))).stem  # a name, or a file of fitted step times
-    known = {True: f"simulated, at the pace of {hardware}", False: f"measured on {hardware}"}
-    return known.get(header.get("simulated"), "unknown")  # type: ignore[arg-type]
+    if "simulated" not in header:
+        return "unknown"
+    return f"simulated, at the pace of {hardware}" if header["simulated"] else f"measured on {hardware}"
 
 
 def _requests(header: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     workload = str(header.get("workload", ""))
     count = (header.get("requests") or {}).get("requests")
-    rate = f", {run['rate']:g} per s" if run.get("rate") else ""
-    return f"{count:,} of {workload}{rate}" if count else workload
+    rate = f", {run['rate']} per s" if run.get("rate") else ""
+    return f"{count} of {workload}{rate}" if count else workload
 
 
 def _revision(header: Mapping[str, Any]) -> str:
     changed = ", and changes not committed" if header.get("dirty") else ""
-    return f"{header['revision'][:12]}{changed}" if header.get("revision") else ""
+    return f"{str(header['revision'])[:12]}{changed}" if header.get("revision") else ""
 
 
 def _counted(claims: Seq[Judged]) -> str:

@@ -26,6 +26,7 @@ from lab.record import FORMAT
 PAPERS = Path(__file__).parents[1] / "papers"  # what each paper claims: */claims.toml
 LEFT = {"summary.json", "table.csv", "rows.csv", "figure.svg", "figure.png"}  # any of them is an experiment's
 STEPS = "steps.parquet"  # of a record
+KNOWN = {"run": dict, "machine": dict, "requests": dict, "versions": dict, "capacity": int, "block": int}  # in a header
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error, ElementTree.ParseError)
 
 T = TypeVar("T")
@@ -113,11 +114,10 @@ def read(folder: Path) -> Result:
         result.problems.append(f"{folder / file}: {said}: run it again ({again})")
         return otherwise
 
-    result.header = part(HEADER, _json, {})
+    result.header = part(HEADER, _header, {})
     result.command = str(result.header.get("command", ""))
     result.claims = part("summary.json", lambda file: _claims(file, result.name), [])
-    rows = part("rows.csv", _rows, pd.DataFrame())
-    result.seeds = _seeds(rows)
+    rows, result.seeds = part("rows.csv", _rows, (pd.DataFrame(), ""))
     table = part("table.csv", lambda file: parsed(file.read_text(encoding="utf-8")), None)
     if table is not None:
         rows.attrs.update(block=result.header.get("block"), capacity=result.header.get("capacity"))
@@ -167,6 +167,14 @@ def _json(file: Path) -> dict[str, Any]:
     return found
 
 
+def _header(file: Path) -> dict[str, Any]:
+    header = _json(file)
+    for name, kind in KNOWN.items():
+        if not isinstance(header.get(name, kind()), kind):
+            raise ValueError(f"{name} is {header[name]!r}")
+    return header
+
+
 def _claims(file: Path, experiment: str) -> list[Judged]:
     return [
         Judged(str(claim["text"]), _verdict(claim["holds"]), str(claim["seen"]), theirs(experiment, claim["text"]))
@@ -203,8 +211,13 @@ def _listed(match: str | Seq[str]) -> Seq[str]:
     return [match] if isinstance(match, str) else match
 
 
-def _rows(file: Path) -> pd.DataFrame:
-    return pd.read_csv(file, float_precision="round_trip")
+def _rows(file: Path) -> tuple[pd.DataFrame, str]:
+    """With the seeds in words."""
+    rows = pd.read_csv(file)
+    known = sorted(set(rows["seed"].dropna().astype(int))) if "seed" in rows else []
+    if len(known) > 1 and known == list(range(known[0], known[-1] + 1)):
+        return rows, f"{known[0]} to {known[-1]}"
+    return rows, ", ".join(map(str, known))
 
 
 def _titled(name: str, kept: tuple[list[list[str]], list[list[str]]], rows: pd.DataFrame) -> list[Table]:
@@ -219,14 +232,6 @@ def _titled(name: str, kept: tuple[list[list[str]], list[list[str]]], rows: pd.D
     return [Table(tables[0].title, *kept), *tables[1:]] if same else [Table("", *kept)]
 
 
-def _seeds(rows: pd.DataFrame) -> str:
-    known = sorted(rows["seed"].dropna().unique().tolist()) if "seed" in rows else []
-    if not known:
-        return ""
-    whole = len(known) > 1 and known == list(range(int(known[0]), int(known[-1]) + 1))
-    return f"{known[0]} to {known[-1]}" if whole else ", ".join(map(str, known))
-
-
 def _drawn(folder: Path, stem: str) -> str:
     return next((f"{stem}.{kind}" for kind in ("svg", "png") if (folder / f"{stem}.{kind}").exists()), f"{stem}.svg")
 
@@ -237,8 +242,8 @@ def _picture(file: Path) -> Picture | None:
         if not ElementTree.fromstring(content).tag.endswith("svg"):
             raise ValueError("not a drawing")
         return Picture(file.stem, "image/svg+xml", content)
-    if not content.startswith(b"\x89PNG\r\n"):
-        raise ValueError("not a PNG")
+    if not content.startswith(b"\x89PNG\r\n") or b"IEND" not in content[-12:]:
+        raise ValueError("not a whole PNG")
     return Picture(file.stem, "image/png", content)
 
 
