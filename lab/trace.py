@@ -20,7 +20,7 @@ from lab import metrics
 from lab.command import Parser, status, write
 from lab.film import Clock, about_of, agreeing, pauses, requests_of, spells
 from lab.record import Record
-from lab.view import load
+from lab.view import different_pools, load
 
 Event = dict[str, Any]
 
@@ -41,11 +41,8 @@ def _main(arguments: list[str]) -> int:
     records = [load(path) for path in args.records]
     size = write(args.out, _lines(records))
     for record in records:
-        about = about_of(record)
-        pool = f"{record.header['capacity']:,} tokens in blocks of {about['block']}"
-        print(f"{about['name']}: {about['steps']:,} steps, {len(requests_of(record)):,} requests, a pool of {pool}")
-    if len({(record.header["capacity"], record.header["block"]) for record in records}) > 1:
-        print("the pools differ: compare shares of memory, not tokens")
+        print(f"{about_of(record)['name']}: {len(record.steps):,} steps, {len(requests_of(record)):,} requests")
+    print(different_pools(map(about_of, records)), end="")
     print(f"trace    {args.out} ({size / 1e6:.1f} MB): open it in Perfetto (ui.perfetto.dev) or chrome://tracing")
     return 0
 

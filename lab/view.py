@@ -38,6 +38,7 @@ def _main(arguments: list[str]) -> int:
     size = write(args.out, [page(films)])
     for f in films:
         print(f"{f.about['name']}: {f.about['steps']:,} steps in {f.about['frames']:,} frames")
+    print(different_pools([f.about for f in films]), end="")
     print(f"film     {args.out} ({size / 1e6:.1f} MB): open it in a browser; it needs no network")
     return 0
 
@@ -63,6 +64,13 @@ def load(path: Path) -> Record:
     if not len(record.steps) or not record.header.get("capacity"):
         raise InputError(f"{path}: nothing happened in this run: there is no step to show")
     return record
+
+
+def different_pools(abouts: Iterable[Mapping[str, Any]]) -> str:
+    """A line where records that are shown beside each other have pools of different size."""
+    pools = dict.fromkeys((about["blocks"], about["block"]) for about in abouts)
+    said = ", ".join(f"{blocks:,} blocks of {block}" for blocks, block in pools)
+    return f"the pools differ ({said} tokens): compare shares of memory, not tokens\n" if len(pools) > 1 else ""
 
 
 def page(films: Iterable[Film]) -> str:

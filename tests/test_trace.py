@@ -236,8 +236,7 @@ def test_two_records_of_different_pools(tmp_path: Path, capsys: pytest.CaptureFi
     runs = RUNS["beams"], replace(RUNS["beams"], pool="1600", beams=0)
     found = written(tmp_path, *(carry_out(run, None).record() for run in runs))
     said = capsys.readouterr().out
-    assert "a pool of 800 tokens in blocks of 16" in said
-    assert "the pools differ: compare shares of memory, not tokens\n" in said
+    assert "the pools differ (50 blocks of 16, 100 blocks of 16 tokens): compare shares of memory, not tokens\n" in said
     assert len(set(named(found["traceEvents"], "process_name"))) == 4
     threads = [(e["pid"], e["tid"]) for e in found["traceEvents"] if e["name"] == "thread_name"]
     assert len({thread for _, thread in threads}) == len(threads) == 2 * 41

@@ -348,6 +348,18 @@ def test_an_experiment_ends_with_the_command_for_its_film(tmp_path: Path, capsys
     assert view.main([*records, "--out", str(tmp_path / "film.html")]) == 0
 
 
+def test_pools_of_different_size(folder: Path, served: Record, capsys: pytest.CaptureFixture[str]) -> None:
+    frames = {name: served.table(name).copy() for name in TABLES}
+    frames["steps"]["free"] += 32
+    Record({**served.header, "capacity": 160}, None, frames).save(folder.parent / "larger")
+    out = ("--out", str(folder.parent / "film.html"))
+    assert view.main([str(folder), str(folder.parent / "larger"), *out]) == 0
+    line = "the pools differ (32 blocks of 4, 40 blocks of 4 tokens): compare shares of memory, not tokens\n"
+    assert line in capsys.readouterr().out
+    assert view.main([str(folder), str(folder), *out]) == 0
+    assert "the pools differ" not in capsys.readouterr().out
+
+
 # ---- the page
 
 
