@@ -100,7 +100,7 @@ def test_an_experiment_as_the_command_leaves_it(made: Path, tmp_path: Path, caps
     lines = page.sections["results/fragmentation"]
     folder = made / "fragmentation"
     for line in list(csv.reader((folder / "table.csv").open()))[3:]:
-        assert line in lines
+        assert [cell.removeprefix("-") if cell == "-0.0" else cell for cell in line] in lines
     summary = json.loads((folder / "summary.json").read_text())
     for claim in summary["claims"]:
         (found,) = [line for line in lines if line[0] == claim["text"]]
@@ -227,6 +227,18 @@ def test_an_experiment_that_this_version_does_not_have(
         assert lines[-1][0] in {line[0] for line in page.sections[f"results/{name}"]}
     assert (tmp_path / "report.html").read_text().count("<h3>Table</h3>") == 2
     assert "seeds1, 3" in page.text.replace("\n", "")
+
+
+def test_a_table_that_would_be_another_today(kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of rows that have lost a system: what was kept is shown, and no table that was not printed then."""
+    rows = kept / "fragmentation" / "rows.csv"
+    lines = rows.read_text().splitlines(keepends=True)
+    rows.write_text("".join(line for line in lines if not line.startswith("contiguous-max,")))
+    page, _, complained = shown(capsys, tmp_path / "report.html", kept)
+    assert not complained
+    for line in list(csv.reader((kept / "fragmentation" / "table.csv").open()))[3:]:
+        assert line[:3] in [found[:3] for found in page.sections["results/fragmentation"]]
+    assert "requests running" not in [line[0] for line in page.sections["results/fragmentation"]]
 
 
 def test_where_there_is_nothing_to_show(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -232,6 +232,16 @@ def test_a_pause_and_steps_that_take_no_time() -> None:
     ]
 
 
+def test_memory_stands_while_nothing_runs(served: Record) -> None:
+    """A quarter of a second between two steps, in which sequences hold memory."""
+    frames = {name: served.table(name).copy() for name in TABLES}
+    frames["steps"].loc[2, "start_s"] = 1.75
+    events = list(trace.events(Record(served.header, None, frames)))
+    assert [e["ts"] for e in events if e["name"] == "KV memory (tokens)"] == [250_000, 1_000_000, 1_500_000, 2_000_000]
+    assert [e["args"]["drawn"] for e in events if e["name"] == "output tokens/s"] == [0, 6, 8, 0]
+    assert [(e["ts"], e["dur"]) for e in events if e["name"] == "2 sequences, 4 tokens"] == [(1_750_000, 250_000)]
+
+
 def test_two_records_of_different_pools(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = RUNS["beams"], replace(RUNS["beams"], pool="1600", beams=0)
     found = written(tmp_path, *(carry_out(run, None).record() for run in runs))
