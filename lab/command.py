@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import NoReturn
 
 from lab.core import InputError
@@ -27,3 +28,19 @@ def status(work: Callable[[], int], interrupted: str) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted: {interrupted}", file=sys.stderr)
         return 130
+
+
+def write(file: Path, pieces: Iterable[str]) -> int:
+    """Write a text, whole or not at all; returns its size in bytes. InputError where the system will not have it."""
+    part = file.with_name(f".{file.name}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("w", encoding="utf-8") as opened:
+                opened.writelines(pieces)
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written ({error.strerror}): choose another --out") from None
+    return file.stat().st_size

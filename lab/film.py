@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,32 +35,40 @@ class Film(NamedTuple):
 
 def film(record: Record, frames: int = FRAMES) -> Film:
     """Everything the page needs of a record. InputError where its tables do not agree with each other."""
-    path = record.path or "the record"
-    try:
+    with agreeing(record):
         kept = moments(record, frames)
-        clock = _Clock(record)
+        clock = Clock(record)
         codes, sequences = _sequences(record)
-        requests = _requests(record)
-        spells = _spells(record, requests, clock)
+        requests = requests_of(record)
+        doing = spells(record, requests)
+        doing = doing.assign(begin=clock.ticks(doing["begin"]), stop=clock.ticks(doing["stop"]))
         columns = {
             **_frames(record, kept, clock),
             **_renamed("seq", sequences.assign(request=requests.index.get_indexer(sequences["request"]))),
             **_renamed("seg", segments(record, codes, kept)),
             **_renamed("ten", tenures(record, sequences, kept)),
-            **_renamed("req", _drawn(requests, spells, clock)),
-            **_renamed("spell", spells),
+            **_renamed("req", _drawn(requests, doing, clock)),
+            **_renamed("spell", doing),
         }
-    except (AssertionError, IndexError, KeyError, ValueError) as error:
-        said = " ".join(str(error).split())[:160]
-        raise InputError(f"{path}: its tables do not agree ({said}): run it again") from None
-    about = _about(record) | {"frames": len(kept), "most_steps": int(np.diff(kept, prepend=-1).max())}
+    about = about_of(record) | {"frames": len(kept), "most_steps": int(np.diff(kept, prepend=-1).max())}
     about |= {"tick_s": clock.tick_s, "origin_s": clock.origin_s}
     about["ids"] = requests.index.tolist()
     about["columns"] = [[name, len(column)] for name, column in columns.items()]
     return Film(about, columns)
 
 
-def _about(record: Record) -> dict[str, Any]:
+@contextmanager
+def agreeing(record: Record) -> Iterator[None]:
+    """InputError where its tables turn out to contradict each other."""
+    try:
+        yield
+    except (AssertionError, IndexError, KeyError, ValueError) as error:
+        said = " ".join(str(error).split())[:160]
+        raise InputError(f"{record.path or 'the record'}: its tables do not agree ({said}): run it again") from None
+
+
+def about_of(record: Record) -> dict[str, Any]:
+    """What it is called, and in what setting it was made."""
     header, run = record.header, record.header.get("run", {})
     name = run.get("allocator") or (record.path.name if record.path else "a record")
     if run.get("scheduler", "continuous") != "continuous":
@@ -75,7 +84,7 @@ def _about(record: Record) -> dict[str, Any]:
     return {"name": name, "setting": setting, "block": block, "blocks": capacity // block, "steps": len(record.steps)}
 
 
-class _Clock:
+class Clock:
     """Seconds of the run's clock as whole ticks; of one that ran long before, from the second of its first event."""
 
     def __init__(self, record: Record) -> None:
@@ -100,12 +109,12 @@ def moments(record: Record, frames: int = FRAMES) -> np.ndarray:
     keep[every - 1 :: every] = True
     keep[np.minimum(events[events["kind"].isin(KEPT)]["step"], count - 1)] = True
     keep[-1] = True
-    before = np.flatnonzero(_pauses(record))
+    before = np.flatnonzero(pauses(record))
     keep[before] = keep[before - 1] = True
     return np.flatnonzero(keep)
 
 
-def _pauses(record: Record) -> np.ndarray:
+def pauses(record: Record) -> np.ndarray:
     """Of each step: was there time before it in which nothing was in memory?"""
     steps, tenures = record.steps, record.tenures
     came = np.bincount(tenures["from_step"], minlength=len(steps) + 1).cumsum()[: len(steps) - 1]
@@ -114,13 +123,13 @@ def _pauses(record: Record) -> np.ndarray:
     return np.r_[False, (came == left) & (gap > 0)]
 
 
-def _frames(record: Record, kept: np.ndarray, clock: _Clock) -> dict[str, np.ndarray]:
+def _frames(record: Record, kept: np.ndarray, clock: Clock) -> dict[str, np.ndarray]:
     """A frame is shown from the end of the frame before it, or from its start after a pause, to its own end."""
     steps, totals = record.steps, metrics.categories(record)
     ends = clock.ticks(steps["end_s"])[kept]
     ends = np.maximum.accumulate(ends - np.arange(len(ends))) + np.arange(len(ends))  # each lasts, if only for a tick
     begins = np.r_[clock.ticks(steps["start_s"].iloc[:1]), ends[:-1]]
-    begins = np.where(_pauses(record)[kept], np.maximum(begins, clock.ticks(steps["start_s"])[kept]), begins)
+    begins = np.where(pauses(record)[kept], np.maximum(begins, clock.ticks(steps["start_s"])[kept]), begins)
     columns = {"step": kept, "begin": begins, "end": ends}
     columns |= {name: totals[name].to_numpy()[kept] for name in metrics.CATEGORIES}
     columns |= {name: steps[name].to_numpy()[kept] for name in ("waiting", "running", "host")}
@@ -211,15 +220,18 @@ def tenures(record: Record, sequences: pd.DataFrame, kept: np.ndarray) -> pd.Dat
     return moved[moved["stop"] > moved["begin"]].sort_values("begin", kind="stable")
 
 
-def _requests(record: Record) -> pd.DataFrame:
+def requests_of(record: Record) -> pd.DataFrame:
     """By request id, in order of arrival: also those that the record names in memory and nowhere else."""
     known = record.requests.drop_duplicates("request").set_index("request")
     known = known.reindex(known.index.union(record.samples["request"].unique()))
     return known.sort_values(["arrival_s"], kind="stable")
 
 
-def _spells(record: Record, requests: pd.DataFrame, clock: _Clock) -> pd.DataFrame:
-    """What each request was doing, from when to when. It decodes from the first token after its (last) admission on."""
+def spells(record: Record, requests: pd.DataFrame) -> pd.DataFrame:
+    """What each request (its rank in `requests`) was doing, from when to when, in seconds of the run's clock.
+
+    It decodes from the first token after its (last) admission on.
+    """
     end_s = record.steps["end_s"].to_numpy()
     rank = {request: i for i, request in enumerate(requests.index)}
     leaves = record.tenures.groupby("request")["to_step"].max().to_dict()
@@ -260,7 +272,6 @@ def _spells(record: Record, requests: pd.DataFrame, clock: _Clock) -> pd.DataFra
     for request in list(now):
         change(request, float(end_s[-1]))
     table = pd.DataFrame(rows, columns=["request", "kind", "begin", "stop"]).astype({"request": int, "kind": int})
-    table["begin"], table["stop"] = clock.ticks(table["begin"]), clock.ticks(table["stop"])
     return table.sort_values(["request", "begin", "stop"], kind="stable")
 
 
@@ -277,7 +288,7 @@ def _first_tokens(record: Record, requests: pd.DataFrame) -> Callable[[int, int]
     return look
 
 
-def _drawn(requests: pd.DataFrame, spells: pd.DataFrame, clock: _Clock) -> pd.DataFrame:
+def _drawn(requests: pd.DataFrame, spells: pd.DataFrame, clock: Clock) -> pd.DataFrame:
     """A row per request: its lengths, and the lane of the chart that is its own from its admission to its end."""
     inside = spells[spells["kind"] != WAITING].groupby("request").agg(begin=("begin", "min"), stop=("stop", "max"))
     lanes = np.full(len(requests), -1)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lab.command import Parser, status
+from lab.command import Parser, status, write
 from lab.core import InputError
 from lab.film import FRAMES, Film, film
 from lab.record import Record
@@ -35,15 +35,11 @@ def _main(arguments: list[str]) -> int:
     if args.frames < 1:
         raise InputError(f"--frames {args.frames}: must be at least 1")
     films = [film(load(result), args.frames) for result in args.results]
-    text = page(films)
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{args.out}: cannot be written ({error.strerror}): choose another --out") from None
+    size = write(args.out, [page(films)])
     for f in films:
         print(f"{f.about['name']}: {f.about['steps']:,} steps in {f.about['frames']:,} frames")
-    print(f"film     {args.out} ({len(text) / 1e6:.1f} MB): open it in a browser; it needs no network")
+    print(different_pools([f.about for f in films]), end="")
+    print(f"film     {args.out} ({size / 1e6:.1f} MB): open it in a browser; it needs no network")
     return 0
 
 
@@ -63,11 +59,18 @@ def load(path: Path) -> Record:
     if path.is_dir() and not (path / "header.json").is_file():
         records = sorted(file.parent for place in ("*", "runs/*") for file in path.glob(f"{place}/steps.parquet"))
         if records:
-            raise InputError(f"{path}: holds {len(records)} runs: give the folder of one or two, as {records[0]}")
+            raise InputError(f"{path}: holds {len(records)} runs: give the folder of one, as {records[0]}")
     record = Record.load(path)
     if not len(record.steps) or not record.header.get("capacity"):
         raise InputError(f"{path}: nothing happened in this run: there is no step to show")
     return record
+
+
+def different_pools(abouts: Iterable[Mapping[str, Any]]) -> str:
+    """A line where records that are shown beside each other have pools of different size."""
+    pools = dict.fromkeys((about["blocks"], about["block"]) for about in abouts)
+    said = ", ".join(f"{blocks:,} blocks of {block}" for blocks, block in pools)
+    return f"the pools differ ({said} tokens): compare shares of memory, not tokens\n" if len(pools) > 1 else ""
 
 
 def page(films: Iterable[Film]) -> str:

@@ -14,9 +14,7 @@ A FOLDER is results/KIND/EXPERIMENT, seen from the page. What has no results the
 
 from __future__ import annotations
 
-import csv
 import importlib
-import io
 import json
 import os
 import re
@@ -31,6 +29,10 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # where lab and experiments are, installed or not
+
+from lab.results import parsed, shown  # noqa: E402
+
 MARK = re.compile(r"(<!-- (claims|table|figure|printed)(?:: (.+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 KINDS = {"simulated": "simulated", "cpu": "measured on a CPU", "h100": "measured on a GPU"}  # folder: head of a column
 WHERE = {"cpu": " --device cpu", "h100": " --device cuda"}
@@ -176,30 +178,11 @@ def verdict(holds: Seq[bool | None]) -> str:
     return text if len(judged) == len(holds) else f"{text}, where judged"
 
 
-def parsed(text: str) -> tuple[list[list[str]], list[list[str]]]:
-    """Heads and lines of a table that pandas wrote: each of several heads begins with an empty cell."""
-    lines = list(csv.reader(io.StringIO(text)))
-    several = 1
-    while not lines[0][0] and several < len(lines) and not lines[several][0]:
-        several += 1
-    heads, rest = lines[:several], lines[several:]
-    if several > 1 and rest and not any(cell for cell, head in zip(rest[0], heads[0], strict=True) if head):
-        heads[0] = [name or head for name, head in zip(rest.pop(0), heads[0], strict=True)]
-    return heads, rest
-
-
 def markdown(heads: Seq[Seq[str]], lines: Seq[Seq[str]]) -> str:
     """Several heads become one: what stands above each other, joined."""
     joined = [": ".join(dict.fromkeys(filter(None, column))) for column in zip(*heads, strict=True)]
     drawn = [joined, ["---"] * len(joined), *lines]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in drawn)
-
-
-def shown(cell: str) -> str:
-    """A number with no more digits than can be read."""
-    if re.fullmatch(r"-?0\.0+", cell):
-        return cell.removeprefix("-")
-    return f"{float(cell):.4g}" if re.fullmatch(r"-?\d+\.\d{4,}(e-\d+)?", cell) else cell
 
 
 def _made_again(folder: Path, title: str) -> str:
@@ -298,5 +281,4 @@ def _seeds(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # where lab and experiments are, installed or not
     sys.exit(main())

@@ -55,6 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lab.plot": {"lab.core"},
     "lab.film": {"lab.core", "lab.record", "lab.metrics"},
     "lab.view": {"lab.command", "lab.core", "lab.record", "lab.film"},
+    "lab.trace": {"lab.command", "lab.record", "lab.metrics", "lab.film", "lab.view"},
     "lab.real": {"lab.core", "lab.pool", "lab.models", "lab.executors.cache", "lab.executors.torch"},
     "lab.command": {"lab.core"},
     "lab.detokenise": set(),
@@ -99,6 +100,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "lab.workloads",
     }
     | {"experiments"},
+    "lab.results": {"lab.core", "lab.experiment", "lab.harness", "lab.record"},
+    "lab.report": {"lab.command", "lab.results"},
 }
 # Policies, and what of the rest must work where torch is not installed.
 WITHOUT_TORCH = (
@@ -114,7 +117,9 @@ WITHOUT_TORCH = (
     "lab.metrics",
     "lab.plot",
     "lab.view",
+    "lab.trace",
     "lab.experiment",
+    "lab.report",
     "lab.generate",
     "lab.answers",
     "experiments",

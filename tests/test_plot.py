@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
@@ -129,3 +131,49 @@ def test_a_policy_looks_the_same_everywhere() -> None:
     assert plot.style("my_module:Mine") == plot.style("my_module:Mine")
     assert plot.style("my_module:Mine") not in known
     assert len({tuple(plot.style(f"policy-{i}").values()) for i in range(200)}) > 40
+
+
+LONG = {"model": "llama-3-8b", "workload": "conversations:users=200,turns=8,system=200", "hardware": "h" * 30}
+
+
+def drawn_outside(figure: Figure) -> list[str]:
+    """Texts that the edge of the figure cuts."""
+    FigureCanvasAgg(figure).draw()
+    edge = figure.bbox.padded(1)
+    ticks = {text for axes in figure.axes for text in (*axes.get_xticklabels(), *axes.get_yticklabels())}
+    texts = [text for text in figure.findobj(Text) if text.get_text().strip() and text not in ticks]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts]
+    assert len(boxes) > 8
+    return [
+        words for words, box in boxes if box.x0 < edge.x0 or box.x1 > edge.x1 or box.y0 < edge.y0 or box.y1 > edge.y1
+    ]
+
+
+@pytest.mark.parametrize("panels", [1, 2, 4])
+def test_no_edge_cuts_a_word(panels: int) -> None:
+    systems = [f"a system of a rather long name, {i}" for i in range(5)]
+    points = [(s, p, x, seed) for s in systems for p in range(panels) for x in (1024, 2048) for seed in (0, 2, 5)]
+    table = pd.DataFrame(points, columns=["system", "panel", "pool", "seed"]).assign(y=lambda t: t["pool"] + t["seed"])
+    guides = {"y": {"paper, batch 32: 20 %": 1100.0, "26 %": 1110.0}}
+    many = plot.lines(table, HEADER | LONG, "title", x="pool", y={"y": "y (s)"}, panels="panel", log="x", guides=guides)
+    assert drawn_outside(many) == []
+    assert {"1,024", "2,048"} <= set(words(many))
+    names = [text.get_window_extent() for text in many.findobj(Text) if text.get_text() in guides["y"]]
+    assert len(names) == 2 * panels
+    assert not any(a.overlaps(b) for i, a in enumerate(names) for b in names[:i]), (
+        "lines that are close have names apart"
+    )
+    beside = plot.bars(
+        table, HEADER | LONG, "title", groups="panel", y="y", ylabel="y (s)", paper={(0, systems[0]): 900.0}
+    )
+    assert drawn_outside(beside) == []
+    assert "paper" in words(beside)
+
+
+def test_the_setting_takes_no_room_from_the_panels() -> None:
+    table = pd.DataFrame([(p, x, 0, 1.0) for p in range(4) for x in (1, 2)], columns=["panel", "x", "seed", "y"])
+    figure = plot.lines(table.assign(system="vllm"), HEADER | LONG, "title", x="x", y={"y": "y (s)"}, panels="panel")
+    FigureCanvasAgg(figure).draw()
+    lefts = [axes.get_position().x0 for axes in figure.axes]
+    steps = [after - before for before, after in pairwise(lefts)]
+    assert max(steps) == pytest.approx(min(steps), rel=0.01)

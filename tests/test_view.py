@@ -297,8 +297,8 @@ def folder(tmp_path: Path, served: Record) -> Path:
 def test_a_record_that_is_not_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ("--out", folder.parent / "film.html")
     assert "no such record" in said(capsys, folder / "nowhere", *out)
-    assert "holds 1 runs: give the folder of one or two, as" in said(capsys, folder.parent, *out)
-    assert "holds 1 runs: give the folder of one or two, as" in said(capsys, folder.parent.parent, *out)
+    assert "holds 1 runs: give the folder of one, as" in said(capsys, folder.parent, *out)
+    assert "holds 1 runs: give the folder of one, as" in said(capsys, folder.parent.parent, *out)
     assert "3 records: a page shows one, or two" in said(capsys, folder, folder, folder, *out)
     assert "--frames 0" in said(capsys, folder, "--frames", "0", *out)
     assert "--help" in said(capsys)
@@ -346,6 +346,18 @@ def test_an_experiment_ends_with_the_command_for_its_film(tmp_path: Path, capsys
     records = shlex.split(command)[4:]
     assert [Record.load(Path(place)).header["run"]["allocator"] for place in records] == ["contiguous-max", "paged"]
     assert view.main([*records, "--out", str(tmp_path / "film.html")]) == 0
+
+
+def test_pools_of_different_size(folder: Path, served: Record, capsys: pytest.CaptureFixture[str]) -> None:
+    frames = {name: served.table(name).copy() for name in TABLES}
+    frames["steps"]["free"] += 32
+    Record({**served.header, "capacity": 160}, None, frames).save(folder.parent / "larger")
+    out = ("--out", str(folder.parent / "film.html"))
+    assert view.main([str(folder), str(folder.parent / "larger"), *out]) == 0
+    line = "the pools differ (32 blocks of 4, 40 blocks of 4 tokens): compare shares of memory, not tokens\n"
+    assert line in capsys.readouterr().out
+    assert view.main([str(folder), str(folder), *out]) == 0
+    assert "the pools differ" not in capsys.readouterr().out
 
 
 # ---- the page

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from lab.plot.style import COLORS, FONT, GREY, INK, POLICIES, entitle, seeds_of, style
+from lab.plot.style import COLORS, FONT, GREY, HALO, INK, MUTED, POLICIES, entitle, legend, seeds_of, style
 
 
 def lines(
@@ -38,7 +38,8 @@ def lines(
     """
     columns = list(dict.fromkeys(rows[panels])) if panels else [None]
     with mpl.rc_context(FONT):
-        size = (1.6 + 4.4 * len(columns), 1.2 + 3.2 * len(y))
+        wide, high = (4.4, 3.2) if len(columns) < 3 else (3.1, 2.7)  # many shrink less on paper where each is small
+        size = (1.6 + wide * len(columns), 1.2 + high * len(y))
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(len(y), len(columns), squeeze=False)
         for i, (column, label) in enumerate(y.items()):
@@ -48,13 +49,12 @@ def lines(
                 axes.set_ylabel(label if j == 0 else "")
                 axes.set_xlabel(xlabel or x if i == len(y) - 1 else "")
                 _scales(axes, log, (limits or {}).get(column))
-                for text, height in (guides or {}).get(column, {}).items():
-                    axes.axhline(height, color=GREY, linewidth=0.8, linestyle="--", zorder=0)
-                    axes.annotate(text, (0.01, height), xycoords=("axes fraction", "data"), fontsize=7.5, color=GREY)
+                _guide(axes, (guides or {}).get(column, {}))
                 if value is not None and i == 0:
-                    axes.annotate(str(value), (0.98, 0.97), xycoords="axes fraction", ha="right", va="top", color=INK)
-        handles, labels = _legend(grid)
-        figure.legend(handles, labels, loc="outside lower left", ncols=min(5, len(labels)), frameon=False, fontsize=8.5)
+                    look: dict[str, Any] = {"ha": "right", "va": "top", "color": INK, "path_effects": HALO}
+                    axes.annotate(str(value), (0.98, 0.97), xycoords="axes fraction", **look)
+        handles, labels = _labelled(grid)
+        legend(figure, handles, labels)
         entitle(figure, grid[0][0], title, header, seeds_of(rows["seed"]))
     return figure
 
@@ -93,7 +93,8 @@ def bars(
                     axes.bar(at, height, 0.9 * width, color=colors[kind], label=label, alpha=0.9)
                     axes.errorbar(at, height, error, color=INK, linewidth=0.9, capsize=2)
                     text = number.format(height)
-                    axes.text(at, height + error, text, ha="center", va="bottom", fontsize=7.5, color=INK)
+                    look: dict[str, Any] = {"fontsize": 7.5, "color": INK, "path_effects": HALO, "zorder": 5}
+                    axes.text(at, height + error, text, ha="center", va="bottom", **look)
                 if theirs is not None:
                     axes.bar(at, theirs, width, color="none", edgecolor=GREY, linewidth=1.1, linestyle="--")
         handles, labels = axes.get_legend_handles_labels()
@@ -104,7 +105,7 @@ def bars(
         axes.set_ylabel(ylabel)
         axes.margins(y=0.12)
         axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(handles, labels, loc="outside lower left", ncols=4, frameon=False, fontsize=8.5)
+        legend(figure, handles, labels)
         entitle(figure, axes, title, header, seeds_of(rows["seed"]))
     return figure
 
@@ -151,10 +152,19 @@ def _curves(axes: Axes, rows: pd.DataFrame, x: str, y: str, by: str) -> None:
         axes.fill_between(points.index, low, high, color=look["color"], alpha=0.18, linewidth=0)
 
 
+def _guide(axes: Axes, guides: Mapping[str, float]) -> None:
+    """Horizontal lines; the highest has its name above it, the others below, so that close ones do not meet."""
+    for i, (text, height) in enumerate(sorted(guides.items(), key=lambda guide: -guide[1])):
+        axes.axhline(height, color=GREY, linewidth=0.8, linestyle="--", zorder=0)
+        side = {"xytext": (2, 2), "va": "bottom"} if i == 0 else {"xytext": (2, -2), "va": "top"}
+        look: dict[str, Any] = {"fontsize": 7.5, "color": MUTED, "path_effects": HALO, "textcoords": "offset points"}
+        axes.annotate(text, (0.01, height), xycoords=("axes fraction", "data"), **look, **side)
+
+
 def _scales(axes: Axes, log: str, limits: tuple[float, float] | None) -> None:
     if "x" in log:
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     if "y" in log:
         axes.set_yscale("log")
     if limits:
@@ -162,7 +172,7 @@ def _scales(axes: Axes, log: str, limits: tuple[float, float] | None) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _legend(grid: np.ndarray) -> tuple[list[Any], list[str]]:
+def _labelled(grid: np.ndarray) -> tuple[list[Any], list[str]]:
     """Each curve once, whichever panel it is in."""
     found: dict[str, Any] = {}
     for axes in grid.flat:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 import zlib
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from lab.core import InputError
 
 # Okabe and Ito's palette, which the colour-blind can tell apart
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
-GREY, INK, MUTED = "#8C8C8C", "#222222", "#6E6E6E"
+GREY, INK, MUTED = "#767676", "#222222", "#6E6E6E"  # all dark enough for small print
+
+HALO = [withStroke(linewidth=2.5, foreground="white")]  # of text that a line may cross
 
 POLICIES = {  # the systems that meet in most figures; any other policy gets the style that its name hashes to
     "paged": (BLUE, "o"),
@@ -89,11 +93,20 @@ def seeds_of(seeds: pd.Series) -> str:
         return f"seed {known[0]}"
     whole = known == list(range(known[0], known[-1] + 1))
     listed = f"{known[0]} to {known[-1]}" if whole else ", ".join(map(str, known))
-    return f"means over seeds {listed} (± standard deviation)"
+    return f"means over seeds {listed} (±\u00a0standard\u00a0deviation)"  # in one line
 
 
 def entitle(figure: Figure, axes: Axes, text: str, header: Mapping[str, Any], drawn: str) -> None:
-    figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold")
-    room = int(12.5 * figure.get_figwidth())  # letters
-    said = "\n".join(textwrap.wrap(f"{setting(header)}, {drawn}", room))
-    axes.set_title(said, loc="left", fontsize=9, color=INK)
+    """The title, and below it, from the left edge of `axes` on, in what setting all of it was seen."""
+    room = int(14.5 * (figure.get_figwidth() - 0.8))  # letters, beside the labels of the axis
+    said = textwrap.wrap(f"{setting(header)}, {drawn}", room)
+    title = figure.suptitle(text + "\n" * len(said), x=0.01, ha="left", fontsize=12, fontweight="bold", linespacing=1.1)
+    where: Any = ("axes fraction", title)  # its height is kept free by the lines of the title, its width by nothing
+    axes.annotate("\n".join(said), (0, 0), xycoords=where, va="bottom", fontsize=9, color=INK, in_layout=False)
+
+
+def legend(figure: Figure, handles: Seq[Any], labels: Seq[str]) -> None:
+    """Below everything, in as many columns as the figure is wide enough for."""
+    widest = 0.6 + 0.075 * max(map(len, labels), default=0)  # inches, of small print and what stands before it
+    columns = max(1, int(figure.get_figwidth() / widest))
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=8.5)
