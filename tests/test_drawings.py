@@ -1,4 +1,4 @@
-"""Drawings for lessons: a pool block by block, a batch over time, the roofline. What they show, against hand-made cases."""
+"""Drawings for lessons, against cases made by hand: a pool block by block, a batch over time, the roofline."""
 
 from __future__ import annotations
 

@@ -26,10 +26,10 @@ COLUMN, ROW = 0.95, 0.62  # inches of a block
 def pool_map(allocator: Allocator, sequences: Mapping[str, Sequence], title: str = "", columns: int = 8) -> Figure:
     """Every block as a box of its slots, from the left; below it its number, in it its holders; tables underneath.
 
-    `sequences` are those in memory, by the names that they get in the drawing. What will be written is read off their
-    requests, where the output is forced. A block that several hold has all their names, and the first one's colour.
+    `sequences` by the names that they get in the drawing; each request has a colour. What will be written is read off
+    requests whose output is forced. A block that several hold has all their names, and the first one's colour.
     """
-    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(sequences)}
+    colors = {name: COLORS[s.group.request.id % len(COLORS)] for name, s in sequences.items()}
     rows = -(-allocator.num_blocks // columns)
     tables = [f"{name}: {_listed(allocator, s)}" for name, s in sequences.items()]
     with mpl.rc_context(FONT):

@@ -13,7 +13,7 @@ from lab.plot.style import COLORS, FONT, GREY, INK, MARKERS, MUTED
 def roofline(work: pd.DataFrame, bytes_per_s: float, flops: float, title: str, setting: str) -> Figure:
     """Both axes logarithmic: operations per byte across, operations per second up; the roof is min of both limits.
 
-    `work`: a row per mark, with `kernel` (its name in the legend), `operations`, `bytes` (moved at least) and `seconds`;
+    `work`: a row per mark, with `kernel` (its name in the legend), `operations`, `bytes` (moved at least), `seconds`;
     where these are NaN the mark is on the roof, as the best there is. A dotted line leads from each mark to its roof.
     """
     intensity = work["operations"] / work["bytes"]

@@ -1,0 +1,39 @@
+"""Execute notebooks and keep their outputs: `python -m tests.notebooks [NOTEBOOK ...]`, all where none is named."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MOST_S = 120  # that a cell may take
+
+
+def executed(path: Path) -> NotebookNode:
+    """The notebook with the outputs of a run in a fresh kernel, from its own folder; raises CellExecutionError."""
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(
+        notebook,
+        timeout=MOST_S,
+        record_timing=False,  # the same outputs are the same file
+        resources={"metadata": {"path": str(path.parent)}},
+    )
+    client.execute(env={**os.environ, "PYTHONPATH": str(ROOT)})
+    notebook.metadata["language_info"] = {"name": "python"}
+    return notebook
+
+
+def main(names: list[str]) -> None:
+    for path in map(Path, names or NOTEBOOKS):
+        nbformat.write(executed(path), path)
+        print(f"{path.name}: {path.stat().st_size / 1e3:.0f} kB")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
