@@ -25,6 +25,7 @@ BLOCK = 4  # tokens
 LIMITS = Limits(seqs=16, tokens=48, length=64)
 METHODS = ("admit", "extend", "release", "idle", "fork")
 CROWDS = (("continuous", "recompute"), ("continuous", "swap"), ("static", "recompute"))
+TINY = (2, 3, 5, 9, 20, 40)  # blocks of pools that are filled to the brim
 STEPS = 20_000  # more than any crowd takes, so that who never gets memory is noticed
 MOST_BLOCKS = 4096  # a pool in which any request should fit
 
@@ -42,6 +43,8 @@ def complaint(factory: Factory) -> str:
         found = nonsense(watched(factory(64 * BLOCK, BLOCK, LIMITS)), requests[1])
         if found:
             return f"one request in an empty pool: {found}"
+        for blocks in TINY:
+            _fill(watched(factory(blocks * BLOCK, BLOCK, LIMITS)), requests)
         for scheduler, preemption in CROWDS:
             for blocks in (_fewest(factory, requests), 512):
                 _serve(factory, requests, blocks, scheduler, preemption)
@@ -137,6 +140,21 @@ def _books(allocator: Allocator, name: str) -> None:
 
 def _state(allocator: Allocator) -> Any:
     return {s: tuple(table) for s, table in allocator.tables.items()}, dict(allocator.asked), allocator.idle()
+
+
+def _fill(allocator: Allocator, requests: Seq[Request]) -> None:
+    """Admit whoever finds room; let these grow by leaps, and then the others without being admitted; then all go."""
+    empty = allocator.idle()
+    groups = [Group(request) for request in requests if request.sampling.n == 1]
+    admitted = [group for group in groups if allocator.admit(group) is not None]
+    for group in [*admitted, *groups]:
+        s, most = group.live[0], max(len(group.live[0].tokens), group.request.most - 1)
+        for length in [*range(len(s.tokens), most, 7), most]:
+            allocator.extend(s, length)
+    for group in groups:
+        allocator.release(group.live[0])
+    if allocator.idle() != empty:
+        raise Wrong(f"all is released, but idle() was {tuple(empty)} and is {tuple(allocator.idle())}")
 
 
 def _serve(factory: Factory, requests: Seq[Request], blocks: int, scheduler: str, preemption: str) -> None:

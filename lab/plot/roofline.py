@@ -46,7 +46,7 @@ def roofline(work: pd.DataFrame, bytes_per_s: float, flops: float, title: str, s
         axes.set_ylabel("operations per second (TFLOP/s)")
         axes.grid(which="major", color="#E8E8E8", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside lower left", ncols=4, frameon=False, fontsize=8.5)
+        figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=8.5)
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         axes.set_title(setting, loc="left", fontsize=9, color=INK)
     return figure

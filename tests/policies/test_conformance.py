@@ -65,6 +65,19 @@ class HalfWay(Pages):
         return True
 
 
+class HalfWayOnce(Pages):
+    """The same, but only where several blocks are missing and some are there."""
+
+    def extend(self, s: Sequence, length: int) -> bool:
+        table = self.tables.setdefault(s, [])
+        while len(table) < blocks(length, self.block):
+            if not self.free:
+                return False
+            table.append(self.free.pop())
+        self.asked[s] = max(length, self.asked.get(s, 0))
+        return True
+
+
 class TooFew(Pages):
     """Rounds down."""
 
@@ -138,6 +151,7 @@ SAID = {
     NoAnswer: "extend() returned None: must be True, or False",
     Overbooks: "missing in tables or asked",
     HalfWay: "extend() found no room, but tables or idle() have changed",
+    HalfWayOnce: "extend() found no room, but tables or idle() have changed",
     TooFew: "were asked for",
     HandedOutTwice: "together they must be all",
     Leaks: "after release() idle() says",

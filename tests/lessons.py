@@ -1,7 +1,8 @@
-"""Execute notebooks and keep their outputs: `python -m tests.notebooks [NOTEBOOK ...]`, all where none is named."""
+"""Execute notebooks and keep their outputs: `python -m tests.lessons [NOTEBOOK ...]`, all where none is named."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from nbformat import NotebookNode
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MOST_S = 120  # that a cell may take
+MADE_FROM = "outputs_made_from"  # in a notebook's metadata: the digest of its cells when they were executed
 
 
 def executed(path: Path) -> NotebookNode:
@@ -26,7 +28,14 @@ def executed(path: Path) -> NotebookNode:
     )
     client.execute(env={**os.environ, "PYTHONPATH": str(ROOT)})
     notebook.metadata["language_info"] = {"name": "python"}
+    notebook.metadata[MADE_FROM] = digest(notebook)
     return notebook
+
+
+def digest(notebook: NotebookNode) -> str:
+    """Of the source of its code cells."""
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    return hashlib.sha256("\n\0".join(sources).encode()).hexdigest()[:16]
 
 
 def main(names: list[str]) -> None:
