@@ -23,7 +23,8 @@ def executed(path: Path) -> NotebookNode:
     client = NotebookClient(
         notebook,
         timeout=MOST_S,
-        record_timing=False,  # the same outputs are the same file
+        record_timing=False,  # the same outputs are the same file,
+        coalesce_streams=True,  # in however many pieces a text came
         resources={"metadata": {"path": str(path.parent)}},
     )
     client.execute(env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -28,11 +28,11 @@ def read(path: Path) -> NotebookNode:
 def words(cell: NotebookNode) -> str:
     """What a cell prints and shows, as text; of a picture its size, of a warning nothing."""
     outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-    return "\n".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs)
+    return "".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs)
 
 
 def kinds(cell: NotebookNode) -> list[list[str]]:
-    return [sorted(output.get("data", [])) for output in cell.outputs if output.get("name") != "stderr"]
+    return [sorted(output["data"]) for output in cell.outputs if "data" in output]
 
 
 def differs(kept: str, found: str) -> str:
