@@ -1,8 +1,9 @@
 """Is an allocator right? `complaint(MyAllocator)` says in words the first thing that is wrong with it, "" if nothing.
 
-It is asked for one request, then serves crowds in small pools, under both schedulers and both ways to preempt. After
-each call its tables are compared with what it says; the text of each request is a checksum of memory as read through
-those tables (`lab.executors.checksum`), so that a wrong block, a lost copy or an alias shows in what comes out.
+It is asked for one request, fills tiny pools to the brim, and serves a crowd with and without room, under static and
+continuous batching and both ways to preempt. After each call its tables are compared with what it says. The text of
+each request is a checksum of memory as read through those tables (`lab.executors.checksum`), so that a wrong block, a
+lost copy or an alias shows in what comes out.
 """
 
 from __future__ import annotations
