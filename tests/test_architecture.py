@@ -52,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lab.record": {"lab.core", "lab.allocators", "lab.tables"},
     "lab.latency": {"lab.core", "lab.record"},
     "lab.metrics": {"lab.core", "lab.record", "lab.latency"},
-    "lab.plot": {"lab.core"},
+    "lab.plot": {"lab.core", "lab.allocators", "lab.film"},
     "lab.film": {"lab.core", "lab.record", "lab.metrics"},
     "lab.view": {"lab.command", "lab.core", "lab.record", "lab.film"},
     "lab.trace": {"lab.command", "lab.record", "lab.metrics", "lab.film", "lab.view"},
@@ -68,6 +68,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"lab.sources", "lab.workloads"},
     "lab.check": POLICIES
     | {"lab.engine", "lab.executors.simulated", "lab.hardware", "lab.run", "lab.shapes", "lab.workloads"},
+    "lab.conformance": POLICIES | {"lab.check", "lab.engine", "lab.executors.checksum"},
     "lab.options": {"lab.core", "lab.run", "lab.systems"},
     "lab.bench": POLICIES
     | {"lab.engine", "lab.executors.cache", "lab.executors.torch", "lab.models", "lab.pool", "lab.real", "lab.record"}

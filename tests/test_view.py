@@ -434,6 +434,28 @@ def test_it_plays_and_scrubs_and_steps(browser: Browser, pair: tuple[Path, list[
 
 
 @needs_chromium
+def test_it_counts_the_tokens_that_were_written(browser: Browser, pair: tuple[Path, list[list[State]]]) -> None:
+    browser.open(pair[0])
+    for share in (0.0, 0.4, 1.0):
+        t = browser.evaluate(f"show({share} * player.end), player.t")
+        said = browser.evaluate("page('compare').textContent")
+        for i in range(2):
+            steps = Record.load(pair[0].parent / str(i)).steps
+            written = int(steps["sampled"][steps["end_s"] <= t + 1e-6].sum())
+            assert f"has written {written:,} tokens" in said
+
+
+@needs_chromium
+def test_grey_is_explained_where_there_is_any(browser: Browser, tmp_path: Path) -> None:
+    for scheduler in ("static", "continuous"):
+        run = Run(allocator="paged", scheduler=scheduler, arrivals="all", rate=None, duration_s=None, count=12)
+        carry_out(run, tmp_path / scheduler)
+        assert view.main([str(tmp_path / scheduler), "--out", str(tmp_path / "film.html")]) == 0
+        browser.open(tmp_path / "film.html")
+        assert browser.evaluate("page('grey').hidden") is (scheduler == "continuous")
+
+
+@needs_chromium
 def test_every_step_is_a_stop(browser: Browser, pair: tuple[Path, list[list[State]]]) -> None:
     browser.open(pair[0])
     stops = browser.evaluate(

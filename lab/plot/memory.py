@@ -92,7 +92,9 @@ def agreement(rows: pd.DataFrame, header: Mapping[str, Any], shares: Seq[str], p
     return figure
 
 
-def memory_over_time(categories: pd.DataFrame, header: Mapping[str, Any], points: int = 1000) -> Figure:
+def memory_over_time(
+    categories: pd.DataFrame, header: Mapping[str, Any], points: int = 1000, title: str = "KV memory over time"
+) -> Figure:
     """The seven categories over time as a stacked area, per cent of the pool, from `metrics.categories`.
 
     Long runs are drawn as means over `points` equal numbers of steps.
@@ -117,7 +119,7 @@ def memory_over_time(categories: pd.DataFrame, header: Mapping[str, Any], points
         _percent(axes)
         axes.set_ylim(0, 100)
         _legend(figure, shown, compared=False)
-        entitle(figure, axes, "KV memory over time", header, f"seed {header.get('seed')}")
+        entitle(figure, axes, title, header, f"seed {header.get('seed')}")
     return figure
 
 
