@@ -86,9 +86,13 @@ RATES: dict[Curve, tuple[float, ...]] = {  # around the knees on the virtual A10
     ("alpaca", "fastertransformer"): (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.35, 1.5, 1.8),
 }
 OF_DRAIN: tuple[float, ...] = (0.3, 0.45, 0.6, 0.75, 0.9, 1.0, 1.1, 1.25, 1.45, 1.8)  # where no rates are declared
-# Knees of ShareGPT at AT that the virtual clock predicts for 300 s on an H100 (--hardware h100-80gb, seeds 0 to 2), and
-# the shares of them at which the real one is asked: each takes five to seven minutes.
-PREDICTED, OF_PREDICTED = {"vllm": 7.74, "orca-oracle": 3.87, "orca-max": 2.11}, (0.6, 0.9, 1.1)
+# Requests/s of ShareGPT at which GPUs are asked for 300 s, five to seven minutes each. H100: 0.6, 0.9 and 1.1 of the
+# knees at AT that the virtual clock predicts (--hardware h100-80gb, seeds 0 to 2). H200: OF_DRAIN_REAL of what 128
+# requests drained once, which for vLLM is well below its knee.
+ON_GPUS = {
+    "H100": {"vllm": (4.64, 6.97, 8.51), "orca-oracle": (2.32, 3.48, 4.26), "orca-max": (1.27, 1.9, 2.32)},
+    "H200": {"vllm": (4.21, 6.01, 7.51), "orca-oracle": (2.63, 3.75, 4.69), "orca-max": (1.58, 2.25, 2.82)},
+}
 OF_DRAIN_REAL: tuple[float, ...] = (0.7, 1.0, 1.25)  # about 0.6, 0.9 and 1.1 of the knee: each takes minutes
 FREE = {"allocator", "scheduler", "batch", "timeout_s", "watermark", "executor", "hardware", "device", "dtype"}
 QUEUED = 1 / 3  # of the trace: a queue that lasts for less says little about the drain
@@ -287,9 +291,11 @@ def _rates(run: Run, options: Options) -> list[float]:
     if declared and run.simulated and run.hardware == VIRTUAL.hardware and _paper_setting(run):
         rates = sorted({*declared, BATCH_AT[run.workload]})
         return rates[:: len(rates) // 2] if options.quick else rates
-    known = PREDICTED.get(_name(run)) if run.workload == "sharegpt" and _paper_setting(run) else None
-    if known and not run.simulated and "H100" in real().device_name(run.device):
-        return [round(share * known, 2) for share in OF_PREDICTED]
+    if not run.simulated and run.workload == "sharegpt" and _paper_setting(run):
+        name = real().device_name(run.device)
+        known = next((rates for gpu, rates in ON_GPUS.items() if gpu in name), {})
+        if _name(run) in known:
+            return list(known[_name(run)])
     shares, count = OF_DRAIN if run.simulated else OF_DRAIN_REAL, 1000 if run.simulated else 128
     few = (shares[::5], count // 16) if options.quick else (shares, count)
     return _knees.rates_of_drain(run, *few, options.out / "runs")

@@ -34,9 +34,9 @@ sys.path.insert(0, str(ROOT))  # where lab and experiments are, installed or not
 from lab.results import parsed, shown  # noqa: E402
 
 MARK = re.compile(r"(<!-- (claims|table|figure|printed)(?:: (.+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
-KINDS = {"simulated": "simulated", "cpu": "measured on a CPU", "h100": "measured on a GPU"}  # folder: head of a column
-WHERE = {"cpu": " --device cpu", "h100": " --device cuda"}
-USUAL = ["simulated", "h100"]
+KINDS = {"simulated": "simulated", "cpu": "measured on a CPU", "gpu": "measured on a GPU"}  # folder: head of a column
+WHERE = {"cpu": " --device cpu", "gpu": " --device cuda"}
+USUAL = ["simulated", "gpu"]
 LONGEST = 40  # characters before a colon that name what a claim is of
 NOT_RUN, NOT_ASKED = "not run yet", "–"
 
@@ -205,14 +205,19 @@ def _head(kind: str, rows: Seq[Row], results: Results) -> str:
     there = [name for name in names if results.there(kind, name)]
     if not there:
         return f"ours, {KINDS[kind]}"
-    headers = {name: json.loads((results.folder / kind / name / "header.json").read_text()) for name in there}
-    machines = ", ".join(dict.fromkeys(_machine(header) for header in headers.values()))
-    by_seeds: dict[str, list[str]] = {}
-    for name in there:
-        by_seeds.setdefault(_seeds(results.folder / kind / name), []).append(name)
-    most, *others = sorted(by_seeds, key=lambda seeds: -len(by_seeds[seeds]))
-    apart = "".join(f"; {', '.join(by_seeds[seeds])}: {seeds}" for seeds in others)
-    return f"ours, **{KINDS[kind]}** ({machines}; {most}{apart})"
+    folders = {name: results.folder / kind / name for name in there}
+    machines = {name: _machine(json.loads((own / "header.json").read_text())) for name, own in folders.items()}
+    seeds = {name: _seeds(own) for name, own in folders.items()}
+    return f"ours, **{KINDS[kind]}** ({_most(machines)}; {_most(seeds)})"
+
+
+def _most(known: Mapping[str, str]) -> str:
+    """What holds of most experiments; of which others something else."""
+    by: dict[str, list[str]] = {}
+    for name, what in known.items():
+        by.setdefault(what, []).append(name)
+    most, *others = sorted(by, key=lambda what: -len(by[what]))
+    return most + "".join(f"; {', '.join(by[what])}: {what}" for what in others)
 
 
 def _ours(row: Row, page: Path) -> str:

@@ -175,7 +175,7 @@ def test_verdict(tmp_path: Path, holds: list[bool | None], expected: str) -> Non
 
 def test_both_clocks_judge_and_the_head_says_which(tmp_path: Path) -> None:
     a_result(tmp_path, "simulated", ("first: a", True, "1 | 2"), ("other: b", True, "3"))
-    a_result(tmp_path, "h100", ("first: a", False, "4"), simulated=False)
+    a_result(tmp_path, "gpu", ("first: a", False, "4"), simulated=False)
     page = a_page(tmp_path, '["^first", "^other"]')
     assert cells(page) == ["first: 1 / 2; other: 3", "4 (fails)", "holds in part. A note"]
     assert "ours, **simulated** (a machine; seeds 0 to 1)" in pages.filled(page)

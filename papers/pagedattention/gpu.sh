@@ -13,7 +13,7 @@
 #
 # MORE="--stop-after 250" in the environment gives an experiment more options; a run of capacity takes up to seven minutes.
 # With several GPUs each carries out runs of its own. Results lie in results/gpu and, packed after every part with what was
-# printed, in FOLDER; from there papers/pagedattention/reproduce.sh --keep h100 results/gpu takes them into the pages.
+# printed, in FOLDER; from there papers/pagedattention/reproduce.sh --keep gpu results/gpu takes them into the pages.
 set -uo pipefail
 out=${1:?give a folder for the results}
 shift

@@ -3,7 +3,7 @@
 #
 #   papers/pagedattention/reproduce.sh                  at full scale on the virtual clock: an hour or so on two cores
 #   papers/pagedattention/reproduce.sh --cpu            measured on this CPU, which must have nothing else to do
-#   papers/pagedattention/reproduce.sh --keep h100 DIR  nothing runs: what lies in DIR, made on a GPU with --out DIR
+#   papers/pagedattention/reproduce.sh --keep gpu DIR   nothing runs: what lies in DIR, made on a GPU with --out DIR
 #
 # Finished runs are found again. Runs lie in results/ (or $OUT), what is kept in papers/pagedattention/results/KIND/EXPERIMENT.
 # A claim that fails is a result; the exit status is 1 where an experiment has none.
@@ -52,8 +52,8 @@ case "${1:-}" in
     run cpu fidelity --device cpu
     ;;
   --keep)
-    kind=${2:?give a kind of results: simulated, cpu or h100}
-    [[ " simulated cpu h100 " == *" $kind "* ]] || { echo "kind $kind is unknown: give simulated, cpu or h100"; exit 2; }
+    kind=${2:?give a kind of results: simulated, cpu or gpu}
+    [[ " simulated cpu gpu " == *" $kind "* ]] || { echo "kind $kind is unknown: give simulated, cpu or gpu"; exit 2; }
     for summary in "${3:?give a folder of results}"/*/summary.json; do keep "$kind" "$(dirname "$summary")"; done
     ;;
   *)

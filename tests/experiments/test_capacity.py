@@ -230,18 +230,25 @@ def test_rates_that_are_none_are_refused(rate: str, tmp_path: Path, capsys: pyte
     assert error.count("\n") == 1
 
 
-def test_an_h100_is_asked_at_shares_of_the_knee_that_was_predicted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("gpu", "rates"),
+    [
+        ("NVIDIA H100 80GB HBM3", [4.64, 6.97, 8.51, 2.32, 3.48, 4.26, 1.27, 1.9, 2.32]),
+        ("NVIDIA H200", [4.21, 6.01, 7.51, 2.63, 3.75, 4.69, 1.58, 2.25, 2.82]),
+    ],
+)
+def test_a_known_gpu_is_asked_at_its_own_rates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: str, rates: list[float]
 ) -> None:
-    class H100:
+    class Known:
         @staticmethod
         def device_name(device: str) -> str:
             assert device == "cuda"
-            return "NVIDIA H100 80GB HBM3"
+            return gpu
 
-    monkeypatch.setattr(capacity, "real", lambda: H100)
+    monkeypatch.setattr(capacity, "real", lambda: Known)
     systems = ["vllm", "orca-oracle", "orca-max"]
     asked = replace(options(tmp_path, device="cuda"), systems=systems, seeds=[0], quick=False)
     runs = capacity.runs(asked)
-    assert [run.rate for run in runs] == [4.64, 6.97, 8.51, 2.32, 3.48, 4.26, 1.27, 1.9, 2.32]
+    assert [run.rate for run in runs] == rates
     assert {run.duration_s for run in runs} == {300.0}
