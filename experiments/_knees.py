@@ -78,6 +78,19 @@ def ratio(first: pd.DataFrame, other: pd.DataFrame, threshold_s: float) -> tuple
     return float(mean), float(spread)
 
 
+def at_least(first: pd.DataFrame, other: pd.DataFrame, threshold_s: float) -> float:
+    """The ratio is above this where the first sustains all rates it was asked at; else NaN."""
+    (rates, seconds), _ = _read(first)
+    beyond = bool(rates) and seconds[-1] <= threshold_s
+    return rates[-1] / (sustained(*_read(other)[0], threshold_s) or math.nan) if beyond else math.nan
+
+
+def ratio_text(first: pd.DataFrame, other: pd.DataFrame, threshold_s: float) -> str:
+    """For a table: with its spread, or what it is above."""
+    least = at_least(first, other, threshold_s)
+    return spread_of(*ratio(first, other, threshold_s)) if math.isnan(least) else f"> {least:.2f}"
+
+
 def drain(record: Record) -> tuple[float, float]:
     """Requests ended per second while the queue is never empty, and how long it was not: the longest such time.
 
@@ -143,7 +156,7 @@ def draw_latency(axes: Axes, rows: pd.DataFrame, at_s: float, paper: Mapping[str
 
 
 def draw_ratio(axes: Axes, rows: pd.DataFrame, first: str, thresholds: Seq[float]) -> None:
-    """Sustained rate of the system `first` over that of each other, over thresholds (s/token)."""
+    """Sustained rate of the system `first` over that of each other, over thresholds (s/token); dashed: at least."""
     best, highest = rows[rows["system"] == first], 2.0
     for system, own in rows[rows["system"] != first].groupby("system", sort=False):
         table = ratios(best, own, thresholds).dropna(subset="mean")
@@ -151,7 +164,13 @@ def draw_ratio(axes: Axes, rows: pd.DataFrame, first: str, thresholds: Seq[float
         color = style(str(system))["color"]
         axes.plot(table.index, table["mean"], color=color, linewidth=1.4)
         _band(axes, table["mean"], table["std"], color)
+        least = pd.Series({t: at_least(best, own, t) for t in thresholds}).dropna()
+        if len(least):
+            highest = max(highest, *least)
+            axes.plot(least.index, least, color=color, linewidth=1.4, linestyle="--")
+            axes.annotate("at least", (least.index[0], least.iloc[0]), (0, 4), textcoords="offset points", color=color)
     axes.set_xscale("log")
+    axes.set_xlim(0.045, 1.12)
     axes.set_yscale("log", base=2)
     axes.set_ylim(0.8, 1.3 * highest)
     axes.set_xticks([0.05, 0.1, 0.2, 0.5, 1.0])

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments import _knees
-from experiments._knees import knee, ratio, spread_of
+from experiments._knees import knee, ratio, ratio_text, spread_of
 from experiments.fragmentation import window
 from lab import latency, metrics
 from lab.core import InputError
@@ -145,7 +145,7 @@ def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
         paper[key] = _beside(key, own, best)
         several[key] = {f"{t:g} s/token": knee(own, t).text for t in thresholds}
         if len(best):
-            ratios[key] = {f"{t:g} s/token": spread_of(*ratio(best, own, t)) for t in thresholds}
+            ratios[key] = {f"{t:g} s/token": ratio_text(best, own, t) for t in thresholds}
         batches[key] = _batches(key, own)
         drains[key] = _drains(own, best)
     found = {
@@ -242,7 +242,7 @@ def _beside(key: Curve, own: pd.DataFrame, best: pd.DataFrame) -> dict[str, Any]
         "ours": ours.text,
         "ours / paper": ours.rate / theirs,
         "paper: vllm / it": f"{about.replace('most', 'least')} {times:.2f}" if about else "",
-        "ours: vllm / it": spread_of(*ratio(best, own, AT)) if len(best) else "",
+        "ours: vllm / it": ratio_text(best, own, AT) if len(best) else "",
     }
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from experiments import capacity
-from experiments._knees import drain, knee, ratio, sustained
+from experiments._knees import at_least, drain, knee, ratio, ratio_text, spread_of, sustained
 from lab.core import InputError
 from lab.experiment import main
 from lab.options import Options
@@ -100,6 +100,14 @@ def test_a_knee_and_a_ratio_with_their_spread() -> None:
     assert spread == pytest.approx(0, abs=1e-9)  # the same in both seeds
     assert knee(vllm, 100.0).text == "> 2.6"
     assert knee(vllm, 1e-3).text == "< 1"
+    assert ratio_text(vllm, oracle, 0.5) == spread_of(times, spread)
+    below = vllm[vllm["rate"] < 2.0]  # now it sustains all that it was asked for
+    most = below["rate"].max()
+    assert at_least(below, oracle, 0.5) == pytest.approx(most / knee(oracle, 0.5).rate)
+    assert ratio_text(below, oracle, 0.5) == f"> {most / knee(oracle, 0.5).rate:.2f}"
+    assert math.isnan(at_least(vllm, oracle, 0.5))
+    slow = oracle[oracle["rate"] < 1.0]
+    assert math.isnan(at_least(below, slow, 0.5)), "so does the other"
 
 
 def of_queue(waiting: list[int], ended_s: list[float]) -> Record:
