@@ -1,0 +1,216 @@
+"""The engine's process: takes requests from a pipe, steps, and tells once per step what came of it."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import lab
+from lab.answers import Piece, Result
+from lab.core import InputError, Request
+from lab.serve.messages import Accepted, Answer, Broken, Cancel, Delta, Failed, News, Output, Ready, Stop, Submit
+from lab.serve.tokens import Tokens
+from lab.serve.watch import Watch
+
+PATIENCE_S = 1.0  # that a scheduler may wait for more requests before it starts with those it has
+FAILURES = 3  # steps that fail, one after the other, before the engine gives up
+
+
+class Options(NamedTuple):
+    """Of the engine's process."""
+
+    llm: dict[str, Any]  # what `lab.LLM` takes
+    prompt_tokens: int | None = None  # of the longest prompt that is taken
+
+
+def main(pipe: Connection, options: Options) -> None:
+    """The process: serves until it is told to stop, whoever started it is gone, or it cannot go on."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # who started it is asked to end, and tells
+    try:
+        llm = lab.LLM(**options.llm, recording=False)
+    except InputError as error:
+        pipe.send(Broken(str(error)))
+        return
+    try:
+        Worker(llm, pipe, options).serve()
+    except BaseException:
+        traceback.print_exc()
+        print("the engine cannot go on", file=sys.stderr, flush=True)
+        os._exit(1)  # a thread is reading, and a device may not let go
+
+
+class Prepared(NamedTuple):
+    request: Request
+    streamed: bool
+
+
+class Worker:
+    """Only `listen` runs in a thread of its own: it turns prompts into tokens while steps are taken."""
+
+    def __init__(self, llm: lab.LLM, pipe: Connection, options: Options) -> None:
+        self.llm = llm
+        self.pipe = pipe
+        self.most = options.prompt_tokens or llm.scheduler.limits.length
+        self.tokens = Tokens(llm.tokenizer, llm.eos)
+        self.watch = llm.answers.recorder = Watch()
+        self.inbox: deque[Prepared | Cancel] = deque()
+        self.open: set[int] = set()  # keys of the requests in flight
+        self.done: deque[Result] = deque()
+        self.pieces: deque[Piece] = deque()
+        self.failures = 0  # steps that failed, since one did not
+        self.patient = True
+        self.stopping = False
+        self._sending = threading.Lock()
+
+    def serve(self) -> None:
+        llm = self.llm
+        memory, limits = llm.scheduler.allocator, llm.scheduler.limits
+        self.send(Ready(memory.capacity, memory.block, limits.length, str(llm.executor.device)))
+        threading.Thread(target=self.listen, daemon=True).start()
+        self.watch.idle(memory)
+        self.tell()
+        while not self.stopping:
+            self.take()
+            if self.busy:
+                self.step()
+                if not self.busy:
+                    self.watch.idle(self.llm.scheduler.allocator)
+                self.tell()
+            else:
+                llm.executor.wait(math.inf)
+
+    @property
+    def busy(self) -> bool:
+        engine = self.llm.engine
+        return bool(engine.groups or engine.inbox or engine.flights)
+
+    def step(self) -> None:
+        """One iteration of the engine; where it fails, what was in it is lost and the rest goes on."""
+        engine = self.llm.engine
+        try:
+            flying = bool(engine.flights)
+            worked = engine.step(more=self.patient, next_s=self.llm.executor.now + PATIENCE_S)
+            self.patient = worked or flying
+            self.failures = 0 if worked else self.failures
+        except Exception as error:
+            self.failures += 1
+            if self.failures == FAILURES:
+                raise
+            traceback.print_exc()
+            self.recover(error)
+
+    def recover(self, error: Exception) -> None:
+        self.watch.failed()
+        going = self.llm.restart()
+        ended = {result.index for result in self.done}
+        lost = sorted(self.open - going - ended)
+        self.pieces = deque(piece for piece in self.pieces if piece.index not in lost)
+        self.open -= set(lost)
+        print(f"a step failed; {len(lost)} requests were in it, {len(going)} go on", file=sys.stderr, flush=True)
+        self.send(News([Failed(key, f"the step it was in failed: {type(error).__name__}") for key in lost], []))
+
+    def take(self) -> None:
+        """Hand to the engine what has come."""
+        while self.inbox:
+            self.patient = True
+            item = self.inbox.popleft()
+            if isinstance(item, Cancel):
+                for key in self.open.intersection(item.keys):
+                    self.llm.engine.cancel(key)
+                    self.open.discard(key)
+                continue
+            request = item.request
+            self.open.add(request.id)
+            self.llm.answers.expect(request, request.id, self.done, self.pieces if item.streamed else None)
+            self.llm.engine.submit(request)
+
+    def tell(self) -> None:
+        """What the step brought, in one message."""
+        events: list[Accepted | Failed | Delta | Answer] = [
+            Delta(p.index, p.output, p.text, self.tokens.score(p.logprobs, p.reason), p.reason) for p in self.pieces
+        ]
+        self.pieces.clear()
+        for result in self.done:
+            self.open.discard(result.index)
+            events.append(self.answer(result))
+        self.done.clear()
+        news = News(events, *self.watch.take())
+        if any(news):
+            self.send(news)
+
+    def answer(self, result: Result) -> Answer:
+        outputs = [
+            Output(
+                o.text, len(o.tokens), o.finish_reason, o.logprobs and self.tokens.score(o.logprobs, o.finish_reason)
+            )
+            for o in result.outputs
+        ]
+        return Answer(result.index, result.prompt_tokens, outputs, result.timing, result.memory)
+
+    def send(self, message: Ready | News) -> None:
+        try:
+            with self._sending:
+                self.pipe.send(message)
+        except OSError:  # whoever started it is gone
+            self.stopping = True
+
+    # In the listening thread.
+
+    def listen(self) -> None:
+        try:
+            while not isinstance(message := self.pipe.recv(), Stop):
+                if isinstance(message, Submit):
+                    self.prepare(message)
+                else:
+                    self.inbox.append(message)
+                self.llm.executor.wake()
+        except (EOFError, OSError):
+            pass  # whoever started it is gone
+        self.stopping = True
+        self.llm.executor.wake()
+
+    def prepare(self, message: Submit) -> None:
+        """Its tokens, checked; what can never run is refused at once."""
+        try:
+            request = self.request(message)
+            echo = self.llm.decode(list(request.prompt)) if message.echo else ""
+        except InputError as error:
+            self.send(News([Failed(message.key, str(error), refused=True)], []))
+        except Exception as error:  # whatever a tokenizer or a policy comes to
+            traceback.print_tb(error.__traceback__)
+            said = f"its prompt could not be prepared: {type(error).__name__}"
+            print(said, file=sys.stderr, flush=True)  # the error itself may quote the prompt
+            self.send(News([Failed(message.key, said)], []))
+        else:
+            self.send(News([Accepted(message.key, len(request.prompt), echo)], []))
+            self.inbox.append(Prepared(request, message.streamed))
+
+    def request(self, message: Submit) -> Request:
+        """Where nobody said how long: up to the longest sequence, or half of that, a quarter: what fits."""
+        tokens = self.llm.encode(message.prompt, message.index)
+        if len(tokens) > self.most:
+            rule = f"more than the {self.most} that this server takes: shorten it"
+            raise InputError(f"prompt {message.index}: {len(tokens)} tokens, {rule}")
+        params = message.params
+        if message.open_end:
+            params = replace(params, max_tokens=max(1, self.llm.scheduler.limits.length - len(tokens)))
+        while True:
+            try:
+                request = self.llm.request(message.index, tokens, params)
+                break
+            except InputError:
+                if not message.open_end or params.max_tokens == 1:
+                    raise
+                params = replace(params, max_tokens=params.max_tokens // 2)
+        arrival_s = self.llm.executor.now - (time.perf_counter() - message.received_s)
+        return replace(request, id=message.key, arrival_s=arrival_s, noise=message.index)
