@@ -61,7 +61,7 @@ class Result:
 class Piece(NamedTuple):
     """What one step added to the text of an output."""
 
-    index: int  # of the prompt
+    prompt: int  # its index
     output: int
     text: str  # may be empty: half a character, or what may be the beginning of a stop string
     logprobs: list[Sampled]  # of its token, where they were asked for

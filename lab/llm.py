@@ -13,6 +13,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from dataclasses import replace
 from numbers import Integral
 from typing import Any, TypeGuard
@@ -203,12 +204,13 @@ class LLM:
     def restart(self) -> set[int]:
         """After a step that failed: new policies over an empty pool, and the requests that held none of it go on.
 
-        Returns the ids of those; all others are lost. Raises what the executor raises where it cannot go on either.
+        Returns the ids of those; all others are lost.
         """
         old = self.engine
         for flight in old.flights:
             if flight.plan.work or flight.plan.moves:
-                self.executor.collect()
+                with suppress(Exception):  # what it would give is lost anyway
+                    self.executor.collect()
         kept = [group for group in self.scheduler.waiting if _holds_nothing(group, self.scheduler)]
         self.scheduler = self._policies()
         self.engine = self._engine()

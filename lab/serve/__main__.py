@@ -54,6 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(arguments: list[str]) -> int:
     args = _parser().parse_args(arguments)
+    for registry, policy in ((ALLOCATORS, args.allocator), (SCHEDULERS, args.scheduler)):
+        if ":" not in policy:
+            registry.get(policy)  # one of ours exists; what others name is looked for in the engine's process
     llm = {name: getattr(args, name) for name in ("model", "allocator", "scheduler", "preemption", "device", "dtype")}
     llm |= {name: getattr(args, name) for name in ("kv_memory", "block", "length", "depth")}
     limits = _limits(args)

@@ -121,13 +121,12 @@ class Stream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        events = self.generating.call.events
         try:
             async with self.generating.attended(receive):
                 ready = b""
                 async for chunk in self.generating.chunks(self.accepted):
                     ready += event(chunk)
-                    if events.empty():
+                    if self.generating.call.quiet:
                         await send({"type": "http.response.body", "body": ready, "more_body": True})
                         ready = b""
                 end = ready + DONE

@@ -35,7 +35,7 @@ class Limits:
     n: int = 16
     stops: int = 16  # stop strings
     logprobs: int = 20  # alternatives to each token
-    body: int = 4 << 20  # bytes
+    body: int = 1 << 20  # bytes
     seconds: float = 600.0  # for one call, waiting included
 
 
@@ -54,20 +54,29 @@ class Call:
     n: int  # outputs of each
     streamed: bool
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
-    left: int = 0  # requests that have not ended
+    early: deque[Event] = field(default_factory=deque)  # of some prompts, while others were being accepted
 
     async def accepted(self) -> list[Accepted]:
         """Every prompt was taken. ApiError where one was not."""
         found: list[Accepted] = []
+        early: deque[Event] = deque()
         while len(found) < len(self.keys):
             event = await self.next()
-            assert isinstance(event, Accepted), event
-            found.append(event)
+            if isinstance(event, Accepted):
+                found.append(event)
+            else:
+                early.append(event)
+        self.early = early
         return found
+
+    @property
+    def quiet(self) -> bool:
+        """Is there nothing that has come already?"""
+        return not self.early and self.events.empty()
 
     async def next(self) -> Accepted | Delta | Answer:
         """What comes next. ApiError where nothing more will."""
-        event = await self.events.get()
+        event = self.early.popleft() if self.early else await self.events.get()
         if isinstance(event, Gone):
             raise ApiError(499, "the client closed the connection", "client_closed")
         if isinstance(event, Failed):

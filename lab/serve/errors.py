@@ -29,7 +29,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.body = {"error": {"message": clean(message), "type": kind, "param": param, "code": code}}
         self.headers = {"retry-after": str(retry_after_s)} if retry_after_s is not None else {}
 
     def response(self) -> JSONResponse:
@@ -58,7 +58,7 @@ def handle_errors(app: FastAPI) -> None:
         else:
             message = f"{'.'.join(path) or 'body'}: {first['msg']}"
         param = path[0] if path else None
-        return ApiError(400, clean(message), "invalid_request_error", param=clean(param) if param else None).response()
+        return ApiError(400, message, "invalid_request_error", param=clean(param) if param else None).response()
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
@@ -76,4 +76,4 @@ def handle_errors(app: FastAPI) -> None:
 
 def clean(text: str) -> str:
     """Text that can be written as UTF-8, whatever a client put into its names."""
-    return text[:300].encode(errors="replace").decode()
+    return text[:1000].encode(errors="replace").decode()

@@ -14,7 +14,7 @@ class Submit(NamedTuple):
     key: int  # of the request, among all of this server
     prompt: Any  # text, token ids, or messages of a chat
     params: SamplingParams
-    index: int  # of the prompt in its call: what is drawn depends on it, and on the seed
+    place: int  # of the prompt in its call: what is drawn depends on it, and on the seed
     received_s: float  # time.perf_counter(), which all processes of a machine share
     streamed: bool
     open_end: bool  # nobody said how long the answer may be

@@ -67,10 +67,15 @@ class ChatReply(Reply):
     def delta(self, delta: Delta) -> Json:
         index = self.index(delta.key, delta.output)
         text = {"content": delta.text} if delta.text or not delta.reason else {}
-        return {"index": index, "delta": text, "logprobs": self._scores(delta.scores), "finish_reason": delta.reason}
+        return {
+            "index": index,
+            "delta": text,
+            "logprobs": self._scores(delta.scores or None),
+            "finish_reason": delta.reason,
+        }
 
     def _scores(self, scores: list[Scored] | None) -> Json | None:
-        if self.alternatives is None or not scores:
+        if self.alternatives is None or scores is None:
             return None
         return {"content": [self._score(score) for score in scores], "refusal": None}
 
@@ -98,11 +103,11 @@ class TextReply(Reply):
 
     def delta(self, delta: Delta) -> Json:
         index = self.index(delta.key, delta.output)
-        scores = self._scores(index, delta.scores)
+        scores = self._scores(index, delta.scores or None)
         return {"index": index, "text": delta.text, "logprobs": scores, "finish_reason": delta.reason}
 
     def _scores(self, index: int, scores: list[Scored] | None) -> Json | None:
-        if self.alternatives is None or not scores:
+        if self.alternatives is None or scores is None:
             return None
         offsets = []
         at = self._offsets.get(index, 0)

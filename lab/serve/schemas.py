@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from lab.core import InputError, SamplingParams
 from lab.serve.client import Limits
@@ -14,7 +14,16 @@ from lab.serve.errors import ApiError, wrong
 MAX_STOP = 256  # characters of a stop string
 DEFAULT_TOKENS = 16  # of a completion, where nobody says: OpenAI's; a chat goes on to the end
 
-Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
+
+def whole(text: str) -> str:
+    """JSON can write half of a character outside the first 65,536, which is no text."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("has half of a surrogate pair: send whole characters")
+    return text
+
+
+Text = Annotated[str, AfterValidator(whole)]
+Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Json = dict[str, Any]
 
@@ -98,7 +107,9 @@ class Sampling(Model):
 class CompletionRequest(Sampling):
     """Text that goes on as it stands."""
 
-    prompt: str | list[str] | list[Token] | list[list[Token]] = Field(description="one or several: text, or token ids")
+    prompt: Text | list[Text] | list[Token] | list[list[Token]] = Field(
+        description="one or several: text, or token ids"
+    )
     echo: bool | None = Field(None, description="give the prompt back, too")
     logprobs: int | None = Field(None, ge=0, lt=2**31, description="alternatives to each token")
     best_of: int | None = Field(None, ge=0, lt=2**31, description="only as many as n")
@@ -131,15 +142,15 @@ class CompletionRequest(Sampling):
 
 class Part(Model):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(BaseModel):
     """One turn. What else a client remembers of an answer it was given (refusal, annotations, ...) is left out."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
-    role: str = Field(min_length=1, max_length=64)
-    content: str | list[Part]
+    role: Text = Field(min_length=1, max_length=64)
+    content: Text | list[Part]
     name: str | None = None
 
 

@@ -22,7 +22,7 @@ from lab.serve.tokens import Tokens
 from lab.serve.watch import Watch
 
 PATIENCE_S = 1.0  # that a scheduler may wait for more requests before it starts with those it has
-FAILURES = 3  # steps that fail, one after the other, before the engine gives up
+FAILURES = 5  # steps that fail, one after the other, before the engine gives up
 
 
 class Options(NamedTuple):
@@ -60,7 +60,7 @@ class Worker:
     def __init__(self, llm: lab.LLM, pipe: Connection, options: Options) -> None:
         self.llm = llm
         self.pipe = pipe
-        self.most = options.prompt_tokens or llm.scheduler.limits.length
+        self.most = options.prompt_tokens
         self.tokens = Tokens(llm.tokenizer, llm.eos)
         self.watch = llm.answers.recorder = Watch()
         self.inbox: deque[Prepared | Cancel] = deque()
@@ -68,7 +68,7 @@ class Worker:
         self.done: deque[Result] = deque()
         self.pieces: deque[Piece] = deque()
         self.failures = 0  # steps that failed, since one did not
-        self.patient = True
+        self.heard_s = -math.inf  # when something came last
         self.stopping = False
         self._sending = threading.Lock()
 
@@ -98,9 +98,9 @@ class Worker:
         """One iteration of the engine; where it fails, what was in it is lost and the rest goes on."""
         engine = self.llm.engine
         try:
-            flying = bool(engine.flights)
-            worked = engine.step(more=self.patient, next_s=self.llm.executor.now + PATIENCE_S)
-            self.patient = worked or flying
+            until_s = self.heard_s + PATIENCE_S
+            patient = self.llm.executor.now < until_s
+            worked = engine.step(more=patient, next_s=until_s if patient else math.inf)
             self.failures = 0 if worked else self.failures
         except Exception as error:
             self.failures += 1
@@ -114,7 +114,7 @@ class Worker:
         going = self.llm.restart()
         ended = {result.index for result in self.done}
         lost = sorted(self.open - going - ended)
-        self.pieces = deque(piece for piece in self.pieces if piece.index not in lost)
+        self.pieces = deque(piece for piece in self.pieces if piece.prompt not in lost)
         self.open -= set(lost)
         print(f"a step failed; {len(lost)} requests were in it, {len(going)} go on", file=sys.stderr, flush=True)
         self.send(News([Failed(key, f"the step it was in failed: {type(error).__name__}") for key in lost], []))
@@ -122,7 +122,7 @@ class Worker:
     def take(self) -> None:
         """Hand to the engine what has come."""
         while self.inbox:
-            self.patient = True
+            self.heard_s = self.llm.executor.now
             item = self.inbox.popleft()
             if isinstance(item, Cancel):
                 for key in self.open.intersection(item.keys):
@@ -137,7 +137,7 @@ class Worker:
     def tell(self) -> None:
         """What the step brought, in one message."""
         events: list[Accepted | Failed | Delta | Answer] = [
-            Delta(p.index, p.output, p.text, self.tokens.score(p.logprobs, p.reason), p.reason) for p in self.pieces
+            Delta(p.prompt, p.output, p.text, self.tokens.score(p.logprobs, p.reason), p.reason) for p in self.pieces
         ]
         self.pieces.clear()
         for result in self.done:
@@ -149,12 +149,10 @@ class Worker:
             self.send(news)
 
     def answer(self, result: Result) -> Answer:
-        outputs = [
-            Output(
-                o.text, len(o.tokens), o.finish_reason, o.logprobs and self.tokens.score(o.logprobs, o.finish_reason)
-            )
-            for o in result.outputs
-        ]
+        outputs = []
+        for text, tokens, reason, logprobs in result.outputs:
+            scores = None if logprobs is None else self.tokens.score(logprobs, reason)
+            outputs.append(Output(text, len(tokens), reason, scores))
         return Answer(result.index, result.prompt_tokens, outputs, result.timing, result.memory)
 
     def send(self, message: Ready | News) -> None:
@@ -197,20 +195,20 @@ class Worker:
 
     def request(self, message: Submit) -> Request:
         """Where nobody said how long: up to the longest sequence, or half of that, a quarter: what fits."""
-        tokens = self.llm.encode(message.prompt, message.index)
-        if len(tokens) > self.most:
+        tokens = self.llm.encode(message.prompt, message.place)
+        if self.most is not None and len(tokens) > self.most:
             rule = f"more than the {self.most} that this server takes: shorten it"
-            raise InputError(f"prompt {message.index}: {len(tokens)} tokens, {rule}")
+            raise InputError(f"prompt {message.place}: {len(tokens)} tokens, {rule}")
         params = message.params
         if message.open_end:
             params = replace(params, max_tokens=max(1, self.llm.scheduler.limits.length - len(tokens)))
         while True:
             try:
-                request = self.llm.request(message.index, tokens, params)
+                request = self.llm.request(message.place, tokens, params)
                 break
             except InputError:
                 if not message.open_end or params.max_tokens == 1:
                     raise
                 params = replace(params, max_tokens=params.max_tokens // 2)
         arrival_s = self.llm.executor.now - (time.perf_counter() - message.received_s)
-        return replace(request, id=message.key, arrival_s=arrival_s, noise=message.index)
+        return replace(request, id=message.key, arrival_s=arrival_s, noise=message.place)
