@@ -43,7 +43,7 @@ which would have to know how long an answer will be:
 
 Requests that no memory could ever hold are answered 400, those past --queue or --streams 429, with the time after which
 to come back. SIGTERM or Ctrl-C ends the server when what is under way is done; a second one ends it at once. There
-is no TLS, and no user but who has the key ({KEY}, or --api-key): put a proxy before it where others can reach it.
+is no TLS, and no user but who has the key ({KEY}): put a proxy before it where others can reach it.
 """
 
 

@@ -158,6 +158,8 @@ class Client:
         else:
             self.queued.difference_update(message.started)
             self.metrics.take(message)
+            for delta in message.deltas:
+                self._give(Delta._make(delta))
             for event in message.events:
                 self._give(event)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lab.answers import Memory, Timing
-from lab.serve.messages import Accepted, Answer, Delta, Output, Scored
+from lab.serve.messages import Accepted, Answer, Delta, Output, Score
 
 Json = dict[str, Any]
 
@@ -74,14 +74,14 @@ class ChatReply(Reply):
             "finish_reason": delta.reason,
         }
 
-    def _scores(self, scores: list[Scored] | None) -> Json | None:
+    def _scores(self, scores: list[Score] | None) -> Json | None:
         if self.alternatives is None or scores is None:
             return None
-        return {"content": [self._score(score) for score in scores], "refusal": None}
-
-    def _score(self, score: Scored) -> Json:
-        top = [_token(*alternative) for alternative in score.top[: self.alternatives]]
-        return {**_token(score.text, score.data, score.logprob), "top_logprobs": top}
+        content = []
+        for text, data, logprob, top in scores:
+            alternatives = [_token(*alternative) for alternative in top[: self.alternatives]]
+            content.append({**_token(text, data, logprob), "top_logprobs": alternatives})
+        return {"content": content, "refusal": None}
 
 
 class TextReply(Reply):
@@ -106,21 +106,20 @@ class TextReply(Reply):
         scores = self._scores(index, delta.scores or None)
         return {"index": index, "text": delta.text, "logprobs": scores, "finish_reason": delta.reason}
 
-    def _scores(self, index: int, scores: list[Scored] | None) -> Json | None:
+    def _scores(self, index: int, scores: list[Score] | None) -> Json | None:
         if self.alternatives is None or scores is None:
             return None
-        offsets = []
         at = self._offsets.get(index, 0)
-        for score in scores:
+        offsets, tops = [], []
+        for text, _, logprob, top in scores:
             offsets.append(at)
-            at += len(score.text)
+            at += len(text)
+            # The likelier of two with the same text stands; the one that was drawn is among them.
+            tops.append({text: logprob} | {other: p for other, _, p in reversed(top[: self.alternatives])})
         self._offsets[index] = at
-        tops = [{text: p for text, _, p in reversed(score.top[: self.alternatives])} for score in scores]
-        for top, score in zip(tops, scores, strict=True):
-            top.setdefault(score.text, score.logprob)
         return {
-            "tokens": [score.text for score in scores],
-            "token_logprobs": [score.logprob for score in scores],
+            "tokens": [text for text, *_ in scores],
+            "token_logprobs": [logprob for _, _, logprob, _ in scores],
             "top_logprobs": tops if self.alternatives else None,
             "text_offset": offsets,
         }

@@ -7,7 +7,7 @@ from typing import Any
 
 from lab.core import Sampled
 from lab.detokenise import HALF
-from lab.serve.messages import Scored
+from lab.serve.messages import Alternative, Score
 
 SPACE = "▁"  # sentencepiece's
 
@@ -20,14 +20,14 @@ class Tokens:
         self.ends = {*eos, *(tokenizer.get_added_vocab().values() if tokenizer else ())}
         self._known: dict[int, tuple[str, bytes]] = {}
 
-    def score(self, sampled: list[Sampled], reason: str | None) -> list[Scored]:
+    def score(self, sampled: list[Sampled], reason: str | None) -> list[Score]:
         """Without the token that stopped an output: it is not in its text."""
         if reason == "stop" and sampled and sampled[-1].token in self.ends:
             sampled = sampled[:-1]
-        return [
-            Scored(*self.of(one.token), one.logprob, tuple((*self.of(token), logprob) for token, logprob in one.top))
-            for one in sampled
-        ]
+        return [(*self.of(one.token), one.logprob, self._alternatives(one)) for one in sampled]
+
+    def _alternatives(self, one: Sampled) -> tuple[Alternative, ...]:
+        return tuple((*self.of(token), logprob) for token, logprob in one.top)
 
     def of(self, token: int) -> tuple[str, bytes]:
         """Its text, with what is half a character replaced, and its bytes."""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import lab
 from lab.answers import Piece, Result
 from lab.core import InputError, Request
-from lab.serve.messages import Accepted, Answer, Broken, Cancel, Delta, Failed, News, Output, Ready, Stop, Submit
+from lab.serve.messages import Accepted, Answer, Broken, Cancel, Failed, News, Output, Ready, Stop, Submit
 from lab.serve.tokens import Tokens
 from lab.serve.watch import Watch
 
@@ -117,7 +117,7 @@ class Worker:
         self.pieces = deque(piece for piece in self.pieces if piece.prompt not in lost)
         self.open -= set(lost)
         print(f"a step failed; {len(lost)} requests were in it, {len(going)} go on", file=sys.stderr, flush=True)
-        self.send(News([Failed(key, f"the step it was in failed: {type(error).__name__}") for key in lost], []))
+        self.send(News([Failed(key, f"the step it was in failed: {type(error).__name__}") for key in lost]))
 
     def take(self) -> None:
         """Hand to the engine what has come."""
@@ -136,15 +136,18 @@ class Worker:
 
     def tell(self) -> None:
         """What the step brought, in one message."""
-        events: list[Accepted | Failed | Delta | Answer] = [
-            Delta(p.prompt, p.output, p.text, self.tokens.score(p.logprobs, p.reason), p.reason) for p in self.pieces
+        score = self.tokens.score
+        deltas = [
+            (key, output, text, score(logprobs, reason) if logprobs else [], reason)
+            for key, output, text, logprobs, reason in self.pieces
         ]
         self.pieces.clear()
+        events: list[Accepted | Failed | Answer] = []
         for result in self.done:
             self.open.discard(result.index)
             events.append(self.answer(result))
         self.done.clear()
-        news = News(events, *self.watch.take())
+        news = News(events, *self.watch.take(), deltas)
         if any(news):
             self.send(news)
 
@@ -183,14 +186,14 @@ class Worker:
             request = self.request(message)
             echo = self.llm.decode(list(request.prompt)) if message.echo else ""
         except InputError as error:
-            self.send(News([Failed(message.key, str(error), refused=True)], []))
+            self.send(News([Failed(message.key, str(error), refused=True)]))
         except Exception as error:  # whatever a tokenizer or a policy comes to
             traceback.print_tb(error.__traceback__)
             said = f"its prompt could not be prepared: {type(error).__name__}"
             print(said, file=sys.stderr, flush=True)  # the error itself may quote the prompt
-            self.send(News([Failed(message.key, said)], []))
+            self.send(News([Failed(message.key, said)]))
         else:
-            self.send(News([Accepted(message.key, len(request.prompt), echo)], []))
+            self.send(News([Accepted(message.key, len(request.prompt), echo)]))
             self.inbox.append(Prepared(request, message.streamed))
 
     def request(self, message: Submit) -> Request:

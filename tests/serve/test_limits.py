@@ -116,7 +116,7 @@ def test_broken_bodies(small: Running, body: bytes) -> None:
 def test_a_name_that_is_no_text(small: Running) -> None:
     body = b'{"model": "\\ud800", "prompt": "A"}'
     response = small.http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
-    assert error(response, 404)["code"] == "model_not_found"
+    assert error(response, 400)["param"] == "model"
 
 
 def test_other_paths_and_methods(small: Running) -> None:

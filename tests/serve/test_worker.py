@@ -19,7 +19,7 @@ from lab.serve.worker import Options, Worker
 
 LONG = [list(range(20 + i, 44 + i)) for i in range(4)]
 PROMPTS = ["The quick", "A door opens. A", "ça", "def f(x):\n", "Nobody comes in", "la"]
-MANY = [*LONG, *PROMPTS, *LONG]
+MANY: list[Any] = [*LONG, *PROMPTS, *LONG]
 POLICIES = [
     ("paged", "continuous", "recompute"),
     ("paged", "continuous", "swap"),
@@ -61,7 +61,7 @@ class Driven:
         while self.pipe.poll():
             news = self.pipe.recv()
             self.news.append(news)
-            self.events += news.events
+            self.events += [Delta._make(delta) for delta in news.deltas] + news.events
 
     def run(self) -> None:
         self.worker.take()
@@ -77,7 +77,7 @@ class Driven:
                 texts[event.key] = texts.get(event.key, "") + event.text
         return texts
 
-    def of(self, kind: type) -> dict[int, Any]:
+    def of(self, kind: Any) -> dict[int, Any]:
         return {event.key: event for event in self.events if isinstance(event, kind)}
 
     @property
