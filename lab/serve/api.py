@@ -13,13 +13,29 @@ from fastapi.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from lab.serve.client import Client
-from lab.serve.errors import ApiError
+from lab.serve.errors import ApiError, documented
 from lab.serve.guard import RECEIVED
 from lab.serve.messages import Accepted, Answer, Delta
 from lab.serve.replies import ChatReply, Json, Reply, TextReply, usage
 from lab.serve.schemas import ChatRequest, CompletionRequest
 
 DONE = b"data: [DONE]\n\n"
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer; or, with stream=true, its chunks as server-sent events",
+        "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}},
+    },
+    **documented(
+        _400="Something in the request is wrong, or can never fit",
+        _401="No valid API key",
+        _404="Another model than the one there is",
+        _413="The body is too long",
+        _429="The queue is full, or there are too many streams: come back after Retry-After seconds",
+        _500="The step that the request was in failed",
+        _503="Loading, shutting down, or dead",
+        _504="Time is up",
+    ),
+}
 
 
 class Generating:
@@ -143,12 +159,12 @@ def routes(client: Client, model: str) -> APIRouter:
     """Both calls."""
     api = APIRouter(prefix="/v1")
 
-    @api.post("/completions")
+    @api.post("/completions", responses=ANSWERS)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Text, or token ids, that the model continues as they stand."""
         return await Generating(client, body, request, model).respond()
 
-    @api.post("/chat/completions")
+    @api.post("/chat/completions", responses=ANSWERS)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """A chat, through the model's template."""
         return await Generating(client, body, request, model).respond()

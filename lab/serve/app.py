@@ -9,12 +9,12 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from lab.serve.api import routes
-from lab.serve.client import Client
-from lab.serve.errors import ApiError, handle_errors
+from lab.serve.client import DEAD, Client
+from lab.serve.errors import ApiError, documented, handle_errors
 from lab.serve.guard import Guard
 
 VERSION = version("kvlab")
@@ -38,24 +38,29 @@ def application(client: Client, model: str, policies: dict[str, Any], api_key: s
         card: dict[str, Any] = {"id": model, "object": "model", "created": began, "owned_by": "kvlab"}
         return card | ({"max_model_len": client.ready.length} if client.ready else {})
 
-    @app.get("/v1/models")
+    keyed = documented(_401="No valid API key")
+    named = keyed | documented(_404="Another model than the one there is")
+    well = documented(_503="It is not so")
+
+    @app.get("/v1/models", responses=keyed)
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [about()]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", responses=named)
     async def one_model(name: str) -> dict[str, Any]:
         if name != model:
             said = f"model {name[:60]!r}: this server has {model!r}"
             raise ApiError(404, said, "not_found_error", param="model", code="model_not_found")
         return about()
 
-    @app.get("/health")
+    @app.get("/health", responses=well)
     async def health() -> Response:
         """200 while the engine lives, also while it loads its model."""
-        well = not (client.died or client.broken)
-        return JSONResponse({"status": "ok" if well else "the engine has died"}, 200 if well else 503)
+        if client.died or client.broken:
+            return ApiError(503, client.broken or DEAD, "server_error").response()
+        return JSONResponse({"status": "ok"})
 
-    @app.get("/ready")
+    @app.get("/ready", responses=well)
     async def ready() -> Response:
         """200 where a request would be taken now."""
         try:
@@ -69,7 +74,7 @@ def application(client: Client, model: str, policies: dict[str, Any], api_key: s
         memory = {} if client.ready is None else client.ready._asdict()
         return {"version": VERSION, "model": model, **policies, **memory}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(client.metrics.page(), media_type=CONTENT_TYPE_LATEST)
 

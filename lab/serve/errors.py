@@ -9,9 +9,26 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_exceeded"}  # else by the hundred
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    error: ErrorBody
+
+
+def documented(**statuses: str) -> dict[int | str, dict[str, Any]]:
+    """For a route's description: which errors it answers, and when (`_429="..."`)."""
+    return {status.strip("_"): {"model": Error, "description": text} for status, text in statuses.items()}
 
 
 class ApiError(Exception):

@@ -12,6 +12,7 @@ from lab.serve.client import Limits
 from lab.serve.errors import ApiError, wrong
 
 MAX_STOP = 256  # characters of a stop string
+MAX_SEED = 9_223_372_036_854_776_000  # OpenAI's; the few that 64 bits do not hold are folded into them
 DEFAULT_TOKENS = 16  # of a completion, where nobody says: OpenAI's; a chat goes on to the end
 
 
@@ -46,7 +47,7 @@ class Sampling(Model):
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; default 1")
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, lt=2**31, description="not OpenAI's: draw among so many; 0 is all")
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="the same seed and prompt, the same answer")
+    seed: int | None = Field(None, ge=-MAX_SEED, le=MAX_SEED, description="the same seed and prompt, the same answer")
     stop: Stop | list[Stop] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -96,7 +97,7 @@ class Sampling(Model):
                 temperature=1.0 if self.temperature is None else self.temperature,
                 top_k=self.top_k or 0,
                 top_p=1.0 if self.top_p is None else self.top_p,
-                seed=secrets.randbits(62) if self.seed is None else self.seed,
+                seed=secrets.randbits(62) if self.seed is None else (self.seed + 2**63) % 2**64 - 2**63,
                 stop=tuple(stops),
                 logprobs=0 if self.alternatives is None else max(1, self.alternatives),  # 1: the token's own
             )

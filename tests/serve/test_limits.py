@@ -64,7 +64,7 @@ def error(response: httpx.Response, status: int) -> dict[str, Any]:
         ({"temperature": 3}, "temperature"),
         ({"temperature": True}, "temperature"),
         ({"top_p": 0}, "top_p"),
-        ({"seed": 2**63}, "seed"),
+        ({"seed": 10**19}, "seed"),
         ({"best_of": 2}, "best_of=2: answers are not ranked and thrown away here"),
         ({"suffix": "end"}, "suffix='end'"),
         ({"echo": True, "logprobs": 1}, "echo=True: log-probabilities of prompts are not computed"),
