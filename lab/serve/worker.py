@@ -12,7 +12,7 @@ import traceback
 from collections import deque
 from dataclasses import replace
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import lab
 from lab.answers import Piece, Result
@@ -23,6 +23,9 @@ from lab.serve.watch import Watch
 
 PATIENCE_S = 1.0  # that a scheduler may wait for more requests before it starts with those it has
 FAILURES = 5  # steps that fail, one after the other, before the engine gives up
+
+
+T = TypeVar("T")
 
 
 class Options(NamedTuple):
@@ -83,9 +86,6 @@ class Worker:
             self.take()
             if self.busy:
                 self.step()
-                if not self.busy:
-                    self.watch.idle(self.llm.scheduler.allocator)
-                self.tell()
             else:
                 llm.executor.wait(math.inf)
 
@@ -95,12 +95,15 @@ class Worker:
         return bool(engine.groups or engine.inbox or engine.flights)
 
     def step(self) -> None:
-        """One iteration of the engine; where it fails, what was in it is lost and the rest goes on."""
+        """One iteration of the engine, and its news; where it fails, what was in it is lost and the rest goes on."""
         engine = self.llm.engine
         try:
             until_s = self.heard_s + PATIENCE_S
             patient = self.llm.executor.now < until_s
             worked = engine.step(more=patient, next_s=until_s if patient else math.inf)
+            if not self.busy:
+                self.watch.idle(self.llm.scheduler.allocator)
+            self.tell()
             self.failures = 0 if worked else self.failures
         except Exception as error:
             self.failures += 1
@@ -114,8 +117,12 @@ class Worker:
         going = self.llm.restart()
         ended = {result.index for result in self.done}
         lost = sorted(self.open - going - ended)
-        self.pieces = deque(piece for piece in self.pieces if piece.prompt not in lost)
-        self.open -= set(lost)
+        for piece in _emptied(self.pieces):
+            if piece.prompt not in lost:
+                self.pieces.append(piece)
+        self.open.difference_update(lost)
+        if not self.busy:
+            self.watch.idle(self.llm.scheduler.allocator)
         print(f"a step failed; {len(lost)} requests were in it, {len(going)} go on", file=sys.stderr, flush=True)
         self.send(News([Failed(key, f"the step it was in failed: {type(error).__name__}") for key in lost]))
 
@@ -131,22 +138,24 @@ class Worker:
                 continue
             request = item.request
             self.open.add(request.id)
-            self.llm.answers.expect(request, request.id, self.done, self.pieces if item.streamed else None)
-            self.llm.engine.submit(request)
+            try:
+                self.llm.answers.expect(request, request.id, self.done, self.pieces if item.streamed else None)
+            except Exception as error:  # a tokenizer's, of the prompt's last tokens
+                self.open.discard(request.id)
+                self.fail(request.id, error)
+            else:
+                self.llm.engine.submit(request)
 
     def tell(self) -> None:
         """What the step brought, in one message."""
+        pieces, done = _emptied(self.pieces), _emptied(self.done)
         score = self.tokens.score
         deltas = [
             (key, output, text, score(logprobs, reason) if logprobs else [], reason)
-            for key, output, text, logprobs, reason in self.pieces
+            for key, output, text, logprobs, reason in pieces
         ]
-        self.pieces.clear()
-        events: list[Accepted | Failed | Answer] = []
-        for result in self.done:
-            self.open.discard(result.index)
-            events.append(self.answer(result))
-        self.done.clear()
+        events: list[Accepted | Failed | Answer] = [self.answer(result) for result in done]
+        self.open.difference_update(result.index for result in done)  # now: had that failed, they would be lost
         news = News(events, *self.watch.take(), deltas)
         if any(news):
             self.send(news)
@@ -177,6 +186,8 @@ class Worker:
                 self.llm.executor.wake()
         except (EOFError, OSError):
             pass  # whoever started it is gone
+        except Exception:
+            traceback.print_exc()
         self.stopping = True
         self.llm.executor.wake()
 
@@ -188,13 +199,16 @@ class Worker:
         except InputError as error:
             self.send(News([Failed(message.key, str(error), refused=True)]))
         except Exception as error:  # whatever a tokenizer or a policy comes to
-            traceback.print_tb(error.__traceback__)
-            said = f"its prompt could not be prepared: {type(error).__name__}"
-            print(said, file=sys.stderr, flush=True)  # the error itself may quote the prompt
-            self.send(News([Failed(message.key, said)]))
+            self.fail(message.key, error)
         else:
             self.send(News([Accepted(message.key, len(request.prompt), echo)]))
             self.inbox.append(Prepared(request, message.streamed))
+
+    def fail(self, key: int, error: Exception) -> None:
+        traceback.print_tb(error.__traceback__)
+        said = f"its prompt could not be prepared: {type(error).__name__}"
+        print(said, file=sys.stderr, flush=True)  # the error itself may quote the prompt
+        self.send(News([Failed(key, said)]))
 
     def request(self, message: Submit) -> Request:
         """Where nobody said how long: up to the longest sequence, or half of that, a quarter: what fits."""
@@ -215,3 +229,10 @@ class Worker:
                 params = replace(params, max_tokens=params.max_tokens // 2)
         arrival_s = self.llm.executor.now - (time.perf_counter() - message.received_s)
         return replace(request, id=message.key, arrival_s=arrival_s, noise=message.place)
+
+
+def _emptied(items: deque[T]) -> list[T]:
+    """What was in it; the object stays, as whoever adds to it knows it."""
+    taken = list(items)
+    items.clear()
+    return taken
