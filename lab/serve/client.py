@@ -201,7 +201,7 @@ class Client:
             self._full("streams", f"{self.streams} streams are open, of at most {self.limits.streams}")
         keys = [next(self._keys) for _ in prompts]
         call = Call(range(keys[0], keys[-1] + 1), params.n, streamed)
-        self.streams += streamed
+        self._count_stream(+streamed)
         for index, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
             self.calls[key] = call
             self.queued.add(key)
@@ -229,12 +229,16 @@ class Client:
     def leave(self, call: Call) -> None:
         """Nobody will ask for more of it."""
         self.cancel(call)
-        self.streams -= call.streamed
+        self._count_stream(-call.streamed)
         call.streamed = False
 
     def cancel_all(self) -> None:
         for call in set(self.calls.values()):
             self.cancel(call)
+
+    def _count_stream(self, more: int) -> None:
+        self.streams += more
+        self.metrics.streams.set(self.streams)
 
     def _full(self, what: str, said: str) -> None:
         """429, and when to come back: after the time in which as many as wait have ended lately."""

@@ -63,6 +63,8 @@ class Metrics:
         refused = Counter("kvlab:requests_refused", text, labels, registry=self.registry)
         self._refused = {limit: refused.labels(model, limit) for limit in ("queue", "streams")}
 
+        self.streams = named(Gauge, "kvlab:streams_open", "Streams that are being sent")
+
     def page(self) -> bytes:
         return generate_latest(self.registry)
 

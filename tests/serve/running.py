@@ -78,7 +78,8 @@ class Running:
     def nothing_held(self) -> bool:
         now = self.metrics()
         held = now["kvlab:kv_capacity_tokens"] - now["kvlab:kv_free_tokens"] - now["kvlab:kv_cached_tokens"]
-        return not held and not now["vllm:num_requests_running"] and not now["vllm:num_requests_waiting"]
+        left = ("vllm:num_requests_running", "vllm:num_requests_waiting", "kvlab:streams_open")
+        return not held and not any(now[name] for name in left)
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.http.post(f"/v1/{path}", json={"model": "tiny", **body})
