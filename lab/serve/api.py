@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -50,11 +51,13 @@ class Generating:
         self.client = client
         self.body = body
         self.request = request
+        received_s = request.scope[RECEIVED]
+        self.until_s = received_s + client.limits.seconds
         params = body.params()
         self.call = client.submit(
             body.prompts,
             params,
-            request.scope[RECEIVED],
+            received_s,
             streamed=bool(body.stream),
             open_end=isinstance(body, ChatRequest) and body.length is None,
             echo=isinstance(body, CompletionRequest) and bool(body.echo),
@@ -107,7 +110,7 @@ class Generating:
         watching = asyncio.create_task(self._watch(receive))
         left = True
         try:
-            async with asyncio.timeout(self.client.limits.seconds):
+            async with asyncio.timeout(self.until_s - time.perf_counter()):
                 yield
             left = leave
         except TimeoutError:
@@ -136,19 +139,19 @@ class Stream(Response):
         self.accepted = accepted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        ready = b""
         try:
             async with self.generating.attended(receive):
-                ready = b""
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                 async for chunk in self.generating.chunks(self.accepted):
                     ready += event(chunk)
                     if self.generating.call.quiet:
                         await send({"type": "http.response.body", "body": ready, "more_body": True})
                         ready = b""
-                end = ready + DONE
+            ready += DONE
         except ApiError as error:
-            end = event(error.body)
-        await send({"type": "http.response.body", "body": end, "more_body": False})
+            ready += event(error.body)
+        await send({"type": "http.response.body", "body": ready, "more_body": False})
 
 
 def event(chunk: Any) -> bytes:
