@@ -197,7 +197,8 @@ def test_before_it_is_ready_it_says_so(tiny: tuple[str, Any], tmp_path: Path) ->
                 assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
                 seen.append((ready.status_code, ready.text))
             except httpx.ConnectError:
-                time.sleep(0.01)
+                pass
+            time.sleep(0.2)
     finally:
         process.terminate()
         assert process.wait(20) == 0
