@@ -58,6 +58,16 @@ class Result:
         return self.outputs[0].text
 
 
+class Piece(NamedTuple):
+    """What one step added to the text of an output."""
+
+    prompt: int  # its index
+    output: int
+    text: str  # may be empty: half a character, or what may be the beginning of a stop string
+    logprobs: list[Sampled]  # of its token, where they were asked for
+    reason: str | None  # stop or length, with the last
+
+
 @dataclass(slots=True)
 class Line:
     """One output in flight."""
@@ -79,7 +89,7 @@ class Job:
     index: int
     lines: list[Line]
     done: deque[Result]  # where its result goes
-    pieces: deque[str] | None = None  # where its text goes as it comes, if it is streamed
+    pieces: deque[Piece] | None = None  # where its text goes as it comes, if it is streamed
     admitted_s: float = math.nan
     blocks: int = 0
     shared: int = 0
@@ -93,7 +103,7 @@ class Answers:
         self.recorder: Recorder | None = None
         self.jobs: dict[int, Job] = {}  # by request id
 
-    def expect(self, request: Request, index: int, done: deque[Result], pieces: deque[str] | None = None) -> None:
+    def expect(self, request: Request, index: int, done: deque[Result], pieces: deque[Piece] | None = None) -> None:
         params = request.sampling
         strings = [stop for stop in params.stop if isinstance(stop, str)]
         lines = [Line(Text(self.decode, request.prompt, strings)) for _ in range(params.width)]
@@ -108,9 +118,12 @@ class Answers:
         piece = line.text.add(sampled.token) if reason != "stop" else ""
         if reason:
             piece += line.text.finish()
-        if piece and job.pieces is not None:
-            job.pieces.append(piece)
-        return line.text.stopped
+        stopped = line.text.stopped
+        if job.pieces is not None:
+            logprobs = line.logprobs[-1:]
+            if piece or logprobs or reason or stopped:
+                job.pieces.append(Piece(job.index, s.index, piece, logprobs, "stop" if stopped else reason))
+        return stopped
 
     def end(self, group: Group) -> None:
         """All outputs of a request have ended."""

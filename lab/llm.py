@@ -13,6 +13,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
+from contextlib import suppress
 from dataclasses import replace
 from numbers import Integral
 from typing import Any, TypeGuard
@@ -21,11 +22,11 @@ from tqdm import tqdm
 
 from lab import real
 from lab.allocators import ALLOCATORS
-from lab.answers import Answers, Result
-from lab.core import InputError, Limits, Request, SamplingParams, unknown
+from lab.answers import Answers, Piece, Result
+from lab.core import UNKNOWN, Group, InputError, Limits, Request, SamplingParams, unknown
 from lab.engine import Engine
 from lab.record import Record, Recorder, describe
-from lab.schedulers import SCHEDULERS
+from lab.schedulers import SCHEDULERS, Scheduler
 
 Message = Mapping[str, Any]  # of a chat: role and content
 Prompt = str | Seq[int] | Seq[Message]  # text as it stands, token ids, or a chat through the model's template
@@ -71,12 +72,12 @@ class LLM:
         size = ("90%" if on_gpu else ON_A_CPU) if kv_memory is None else kv_memory
         pool = real.pool(str(size), model, device, dtype, block).tokens
         limits = Limits(length=longest(length, loaded.max_length, pool))
-        memory = policies[0](pool, block, limits)
-        self.scheduler = policies[1](memory, limits, preemption=preemption)
+        self._policies = lambda: policies[1](policies[0](pool, block, limits), limits, preemption=preemption)
+        self.scheduler: Scheduler = self._policies()
         self.executor = real.TorchExecutor(loaded, pool, block)
         self.tokenizer: Any = None if model.lower().startswith("random") else real.load_tokenizer(model)
         self.vocabulary = loaded.vocab_size
-        self._answers = Answers(self.decode)
+        self.answers = Answers(self.decode)
         self._header: dict[str, Any] | None = None
         if recording:
             where = real.device_name(device)
@@ -84,15 +85,8 @@ class LLM:
                 model=model, workload="generate", seed=0, simulated=False, hardware=where, gpu=where if on_gpu else ""
             )
         self._record: Record | None = None
-        self.engine = Engine(
-            self.scheduler,
-            self.executor,
-            self._answers,
-            eos=loaded.eos,
-            on_end=self._answers.end,
-            on_token=self._answers.token,
-            depth=depth,
-        )
+        self.eos, self.depth = loaded.eos, depth
+        self.engine = self._engine()
         self._next_id = 0
 
     def generate(
@@ -146,7 +140,7 @@ class LLM:
     def record(self) -> Record:
         """What happened in the last call of `generate`, or since the first of the streams that overlap."""
         if self._record is None:
-            recorder = self._answers.recorder
+            recorder = self.answers.recorder
             if not isinstance(recorder, Recorder):
                 raise InputError("record: nothing was recorded: generate something, with LLM(..., recording=True)")
             if self.engine.groups:
@@ -207,6 +201,33 @@ class LLM:
             return ""
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
+    def restart(self) -> set[int]:
+        """After a step that failed: new policies over an empty pool, and the requests that held none of it go on.
+
+        Returns the ids of those; all others are lost.
+        """
+        old = self.engine
+        for flight in old.flights:
+            if flight.plan.work or flight.plan.moves:
+                with suppress(Exception):  # what it would give is lost anyway
+                    self.executor.collect()
+        kept = [group for group in self.scheduler.waiting if _holds_nothing(group, self.scheduler)]
+        self.scheduler = self._policies()
+        self.engine = self._engine()
+        for group in kept:
+            self.engine.groups[group.request.id] = group
+            self.scheduler.submit(group)
+        self.engine.inbox += old.inbox
+        going = {item.id for item in old.inbox if isinstance(item, Request)} | self.engine.groups.keys()
+        self.answers.jobs = {own: job for own, job in self.answers.jobs.items() if own in going}
+        return going
+
+    def _engine(self) -> Engine:
+        tell, depth = self.answers, self.depth
+        return Engine(
+            self.scheduler, self.executor, tell, eos=self.eos, on_end=tell.end, on_token=tell.token, depth=depth
+        )
+
     def _chat(self, messages: Seq[Message], index: int) -> list[int]:
         for message in messages:
             if not (isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message):
@@ -230,13 +251,14 @@ class LLM:
     def _stream(self, request: Request) -> Generator[str, None, Result]:
         self._begin()
         done: deque[Result] = deque()
-        pieces: deque[str] = deque()
+        pieces: deque[Piece] = deque()
         own = self._submit(request, self.executor.now, done, pieces)
         try:
             while not done:
                 self.engine.step()
                 while pieces:
-                    yield pieces.popleft()
+                    if text := pieces.popleft().text:
+                        yield text
             return done[0]
         finally:
             self._leave([] if done else [own])
@@ -247,14 +269,14 @@ class LLM:
             return
         self.executor.reset_clock()
         self._record = None
-        self._answers.recorder = None if self._header is None else Recorder(None, self._header)
+        self.answers.recorder = None if self._header is None else Recorder(None, self._header)
         self._next_id = 0
 
-    def _submit(self, request: Request, now: float, done: deque[Result], pieces: deque[str] | None = None) -> int:
+    def _submit(self, request: Request, now: float, done: deque[Result], pieces: deque[Piece] | None = None) -> int:
         """Its id in the engine is new; its index stays what its noise is a function of."""
         own = replace(request, id=self._next_id, arrival_s=now, noise=request.id)
         self._next_id += 1
-        self._answers.expect(own, request.id, done, pieces)
+        self.answers.expect(own, request.id, done, pieces)
         self.engine.submit(own)
         return own.id
 
@@ -266,6 +288,12 @@ class LLM:
             self.engine.step()
         while self.engine.flights and not self.engine.groups:
             self.engine.step()
+
+
+def _holds_nothing(group: Group, scheduler: Scheduler) -> bool:
+    """Has a group that waits no K and V anywhere, and no token on its way?"""
+    known = all(s.tokens[-1] != UNKNOWN for s in group.sequences)
+    return known and group not in scheduler.host.saved and not any(s.computed for s in group.live)
 
 
 def is_one(prompts: Any) -> TypeGuard[Prompt]:

@@ -21,7 +21,7 @@ MOST_LINES_OF_A_FUNCTION = 60
 #   core <- executors.{batch, cache, torch} -> models -> kernels   mechanism half: torch lives here alone
 #   allocators <- record <- metrics <- plot                        reads, never decides
 #   all of them <- run <- harness <- experiments <- experiment
-#   engine, real, record <- llm <- generate
+#   engine, real, record <- llm <- generate, serve.worker <- serve
 POLICIES = {"lab.core", "lab.allocators", "lab.schedulers"}
 TENSORS = {"lab.executors.batch", "lab.executors.cache", "lab.executors.sampling"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -62,6 +62,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lab.answers": {"lab.core", "lab.allocators", "lab.beams", "lab.detokenise", "lab.engine"},
     "lab.llm": POLICIES | {"lab.answers", "lab.engine", "lab.real", "lab.record"},
     "lab.generate": POLICIES | {"lab", "lab.answers", "lab.command", "lab.workloads"},
+    "lab.serve.messages": {"lab.core", "lab.answers"},
+    "lab.serve.watch": POLICIES | {"lab.record", "lab.serve.messages"},
+    "lab.serve.tokens": {"lab.core", "lab.detokenise", "lab.serve.messages"},
+    "lab.serve.worker": {"lab", "lab.core", "lab.answers"}
+    | {f"lab.serve.{m}" for m in ("messages", "tokens", "watch")},
+    "lab.serve": POLICIES | {"lab.answers", "lab.command"} | {"lab.serve.messages", "lab.serve.worker"},
     "lab.run": POLICIES
     | {"lab.engine", "lab.executors.simulated", "lab.executors.survival", "lab.hardware", "lab.shapes", "lab.pool"}
     | {"lab.real", "lab.record"}
@@ -123,6 +129,7 @@ WITHOUT_TORCH = (
     "lab.report",
     "lab.generate",
     "lab.answers",
+    "lab.serve.__main__",
     "experiments",
 )
 STANDARD_LIBRARY_ONLY = (
@@ -133,6 +140,8 @@ STANDARD_LIBRARY_ONLY = (
     "lab.executors.checksum",
     "lab.detokenise",
     "lab.answers",
+    "lab.serve.messages",
+    "lab.serve.tokens",
 )
 TORCH_LIVES_IN = (
     "lab.executors.batch",

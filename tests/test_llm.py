@@ -51,7 +51,7 @@ def texts(results: list[Result]) -> list[list[str]]:
 def assert_all_given_back(llm: LLM) -> None:
     idle = llm.scheduler.allocator.idle()
     assert idle.free + idle.cached == llm.scheduler.allocator.capacity
-    left = (llm.engine.groups, llm.engine.flights, llm.scheduler.waiting, llm.scheduler.running, llm._answers.jobs)
+    left = (llm.engine.groups, llm.engine.flights, llm.scheduler.waiting, llm.scheduler.running, llm.answers.jobs)
     assert not any(left)
 
 
@@ -319,7 +319,7 @@ def test_thousands_of_prompts_in_flat_memory(monkeypatch: pytest.MonkeyPatch, re
     step = llm.engine.step
 
     def watched(**more: Any) -> bool:
-        live.append(len(llm._answers.jobs))
+        live.append(len(llm.answers.jobs))
         gc.collect()  # a group and its sequences know each other: what is gone is gone now, not at some time
         return step(**more)
 

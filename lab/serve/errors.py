@@ -1,0 +1,96 @@
+"""Errors in OpenAI's form, whatever raised them; no prompt is quoted but to who sent it."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_exceeded"}  # else by the hundred
+
+
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    error: ErrorBody
+
+
+def documented(**statuses: str) -> dict[int | str, dict[str, Any]]:
+    """For a route's description: which errors it answers, and when (`_429="..."`)."""
+    return {status.strip("_"): {"model": Error, "description": text} for status, text in statuses.items()}
+
+
+class ApiError(Exception):
+    """Becomes `{"error": {...}}`, before an answer or in the middle of a stream."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = {"error": {"message": clean(message), "type": kind, "param": param, "code": code}}
+        self.headers = {"retry-after": str(retry_after_s)} if retry_after_s is not None else {}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+def wrong(param: str, value: Any, rule: str) -> ApiError:
+    """400: the value, the rule, the remedy."""
+    said = f"{param}={str(value)[:60]!r}" if isinstance(value, str) else f"{param}={str(value)[:60]}"
+    return ApiError(400, f"{said}: {rule}", "invalid_request_error", param=param)
+
+
+def handle_errors(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def ours(request: Request, error: ApiError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        path = [str(part) for part in first["loc"][1:]]
+        if first["type"] == "json_invalid":
+            message, path = f"the body is no JSON: {first['ctx']['error']} at character {first['loc'][1]}", []
+        elif first["type"] == "extra_forbidden":
+            message = f"{'.'.join(path)}: this server knows no such parameter: leave it out"
+        else:
+            message = f"{'.'.join(path) or 'body'}: {first['msg']}"
+        param = path[0] if path else None
+        return ApiError(400, message, "invalid_request_error", param=clean(param) if param else None).response()
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        kind = KINDS.get(error.status_code, "invalid_request_error" if error.status_code < 500 else "server_error")
+        response = ApiError(error.status_code, str(error.detail), kind).response()
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
+        traceback.print_tb(error.__traceback__)
+        print(f"{type(error).__name__} in {request.method} {request.url.path}", file=sys.stderr, flush=True)
+        return ApiError(500, f"the server failed: {type(error).__name__}", "server_error").response()
+
+
+def clean(text: str) -> str:
+    """Text that can be written as UTF-8, whatever a client put into its names."""
+    return text[:1000].encode(errors="replace").decode()

@@ -1,0 +1,73 @@
+"""What stands before the application: bodies that are too long, wrong keys; and it notes when a request came."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from contextlib import suppress
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lab.serve.errors import ApiError
+
+RECEIVED = "kvlab.received_s"  # in a request's scope: time.perf_counter()
+LINGER_S = 1.0  # in which a body that was refused is thrown away: a client that is writing would not read the answer
+
+
+class Guard:
+    """ASGI middleware."""
+
+    def __init__(self, app: ASGIApp, body: int, api_key: str | None) -> None:
+        """`body`: bytes of the longest."""
+        self.app = app
+        self.body = body
+        self.api_key = None if api_key is None else api_key.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        scope[RECEIVED] = time.perf_counter()
+        headers = Headers(scope=scope)
+        if self.api_key is not None and scope["path"].startswith("/v1/") and not self._is_key(headers):
+            said = "no valid API key: send the header 'Authorization: Bearer KEY' with the server's"
+            response = ApiError(401, said, "authentication_error", code="invalid_api_key").response()
+            return await response(scope, receive, send)
+        announced = headers.get("content-length", "0")
+        return await self.app(scope, self._limited(receive, int(announced) if announced.isdigit() else 0), send)
+
+    def _is_key(self, headers: Headers) -> bool:
+        """Compared in a time that says nothing about the key."""
+        assert self.api_key is not None
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        return hmac.compare_digest(key.strip().encode(), self.api_key) and scheme.lower() == "bearer"
+
+    def _limited(self, receive: Receive, announced: int) -> Receive:
+        read = 0
+
+        async def limited() -> Message:
+            nonlocal read
+            more = True
+            if announced <= self.body:
+                message = await receive()
+                read += len(message.get("body", b""))
+                if read <= self.body:
+                    return message
+                more = message.get("more_body", False)
+            if more:
+                await _discard(receive)
+            size = f"{announced} bytes" if announced > self.body else "more bytes than it takes"
+            raise HTTPException(413, f"a body of {size}: at most {self.body}: shorten it", {"connection": "close"})
+
+        return limited
+
+
+async def _discard(receive: Receive) -> None:
+    """What follows, for a while."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            message = await receive()
+            while message["type"] == "http.request" and message.get("more_body"):
+                message = await receive()

@@ -1,0 +1,206 @@
+"""How a server ends, and what it survives: signals, a failing step, an engine that dies, a parent that dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from plugins import ALLOCATOR, COLLECT, LAUNCH, UNTOKENISABLE
+from running import ROOT, Running
+
+LONG: Any = {"model": "tiny", "prompt": [7], "max_tokens": 100, "temperature": 0}  # two seconds, where steps are slow
+
+
+@pytest.fixture
+def slow(tiny: tuple[str, Any], tmp_path: Path) -> Iterator[Running]:
+    with Running(tmp_path, tiny[0], "--allocator", "plugins:slow") as running:
+        yield running
+
+
+def engine_of(server: Running) -> int:
+    """The process id of its engine: of its children the one that multiprocessing started for us."""
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    (found,) = [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return found
+
+
+def is_gone(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+class Asking(threading.Thread):
+    """A stream that somebody follows to its end."""
+
+    def __init__(self, server: Running) -> None:
+        super().__init__()
+        self.server = server
+        self.began = threading.Event()
+        self.text = ""
+        self.reason: str | None = None
+        self.error: Exception | None = None
+        self.start()
+        assert self.began.wait(60)
+
+    def run(self) -> None:
+        try:
+            for chunk in self.server.openai.completions.create(**LONG, stream=True):
+                self.text += chunk.choices[0].text
+                self.reason = chunk.choices[0].finish_reason
+                self.began.set()
+        except Exception as error:
+            self.error = error
+
+
+def test_a_signal_drains(slow: Running) -> None:
+    """What is under way comes to its end, whole or streamed; nothing new is taken; the exit status is 0."""
+    engine = engine_of(slow)
+    whole = slow.openai.completions.create(**LONG).choices[0].text
+    asking = Asking(slow)
+    slow.process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    with pytest.raises((httpx.ConnectError, httpx.ReadError)):
+        httpx.get(f"{slow.url}/ready")
+    asking.join()
+    assert (asking.text, asking.reason, asking.error) == (whole, "length", None)
+    assert slow.process.wait(20) == 0
+    assert is_gone(engine)
+
+
+def test_a_second_signal_ends_it_at_once(slow: Running) -> None:
+    engine = engine_of(slow)
+    asking = Asking(slow)
+    slow.process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert slow.process.poll() is None
+    start_s = time.monotonic()
+    slow.process.send_signal(signal.SIGINT)
+    assert slow.process.wait(20) == 0
+    assert time.monotonic() - start_s < 1.5, "the stream would take longer"
+    asking.join()
+    assert asking.reason is None
+    assert asking.error is not None
+    assert is_gone(engine)
+
+
+def test_a_failing_step_fails_those_in_it_and_the_server_goes_on(tiny: tuple[str, Any], tmp_path: Path) -> None:
+    with Running(tmp_path, tiny[0], "--allocator", "plugins:failing") as server:
+        fine: Any = {"model": "tiny", "prompt": "The quick", "max_tokens": 20, "temperature": 0}
+        before = server.openai.completions.create(**fine).choices[0].text
+        for times, token in enumerate((ALLOCATOR, LAUNCH, COLLECT), start=1):
+            with pytest.raises(openai.InternalServerError, match="the step it was in failed: RuntimeError"):
+                server.openai.completions.create(model="tiny", prompt=[token, 5], max_tokens=20)
+            with pytest.raises(openai.APIError, match="the step it was in failed"):
+                list(server.openai.completions.create(model="tiny", prompt=[token, 5], max_tokens=20, stream=True))
+            assert server.http.get("/health").status_code == 200
+            assert server.openai.completions.create(**fine).choices[0].text == before
+            assert server.metrics()["kvlab:failed_steps_total"] == 2 * times
+            server.until(server.nothing_held, 2)
+        with pytest.raises(openai.InternalServerError, match="could not be prepared: RuntimeError"):
+            server.openai.completions.create(model="tiny", prompt=UNTOKENISABLE)
+        assert server.metrics()["vllm:request_success_total:error"] == 7
+        assert "planted in the executor" in server.output
+        assert UNTOKENISABLE not in server.output
+
+
+def test_an_engine_that_is_killed(slow: Running) -> None:
+    """Whoever waits is told, /health turns red, and the server ends with an exit status that is not 0."""
+    asking = Asking(slow)
+    waiting: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: waiting.append(slow.http.post("/v1/completions", json=LONG)))
+    thread.start()
+    slow.until(lambda: slow.metrics()["vllm:num_requests_running"] == 2, 5)
+    os.kill(engine_of(slow), signal.SIGKILL)
+    asking.join()
+    thread.join()
+    assert isinstance(asking.error, openai.APIError)
+    assert "the engine has died" in str(asking.error)
+    assert waiting[0].status_code == 500
+    assert waiting[0].json()["error"]["message"] == "the engine has died"
+    assert slow.http.get("/health").status_code == 503
+    refused = slow.post("completions", prompt="A")
+    assert (refused.status_code, refused.json()["error"]["message"]) == (503, "the engine has died")
+    assert slow.process.wait(20) == 1
+
+
+def test_an_engine_outlives_no_server(slow: Running) -> None:
+    engine = engine_of(slow)
+    Asking(slow)
+    slow.process.kill()
+    slow.until(lambda: is_gone(engine), 20)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    run = [sys.executable, "-m", "lab.serve", *arguments]
+    return subprocess.run(
+        run, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["random", "--device", "cpu", "--port", "0", "--allocator", "pagd"], "allocator 'pagd' is unknown"),
+        (["--port", "99999"], "port 99999"),
+        (["--queue", "0"], "--queue 0: must be at least 1"),
+        (["--seconds", "0"], "--seconds 0: must be above 0"),
+        (["--bogus"], "unrecognized arguments: --bogus"),
+    ],
+)
+def test_wrong_options_are_one_line(arguments: list[str], said: str) -> None:
+    done = command(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert said in done.stderr
+
+
+def test_a_port_that_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        done = command("--port", str(other.getsockname()[1]))
+    assert done.returncode == 2
+    assert "choose another --host or --port" in done.stderr
+
+
+def test_help_teaches() -> None:
+    done = command("--help")
+    assert done.returncode == 0
+    for word in ("curl http://127.0.0.1:8000/v1/chat/completions", "OpenAI(base_url=", "/metrics", "429", "SIGTERM"):
+        assert word in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 120
+
+
+def test_before_it_is_ready_it_says_so(tiny: tuple[str, Any], tmp_path: Path) -> None:
+    """The address answers while the model is being loaded."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+    loading = [sys.executable, "-m", "lab.serve", tiny[0], "--port", str(port), "--device", "cpu"]
+    process = subprocess.Popen(loading, cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        seen: list[tuple[int, str]] = []
+        while not seen or seen[-1][0] != 200:
+            assert process.poll() is None
+            try:
+                ready = httpx.get(f"http://127.0.0.1:{port}/ready")
+                assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+                seen.append((ready.status_code, ready.text))
+            except httpx.ConnectError:
+                pass
+            time.sleep(0.2)
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
+    assert seen[0][0] == 503
+    assert json.loads(seen[0][1])["error"]["message"] == "the model is being loaded"
