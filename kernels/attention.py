@@ -73,8 +73,7 @@ def attention_kernel(
     at, stop = low, end
     if parts_ptr is not None:
         share = _share(end - low, share, splits, N)
-        at += split * share
-        stop = min(end, at + share)
+        at, stop = low + split * share, min(end, low + split * share + share)
     if (left <= 0) | ((at >= end) & (split > 0)):  # no queries in this piece, no keys for this split
         return
     m = tl.arange(0, TOKENS * HEADS)  # rows of the tile are pairs (token, head)
