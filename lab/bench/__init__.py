@@ -5,6 +5,7 @@
     python -m lab.bench startup                from the shell to the first token, with nothing compiled and with all
     python -m lab.bench laptop                 SmolLM2 on this CPU, beside transformers' own generate
     python -m lab.bench kernels                the kernels alone: python -m kernels.bench
+    python -m lab.bench compare                did anything get slower? of many small benchmarks; compare --help
 
 All requests come at once, output lengths are forced and weights random, of the true shape: speed does not depend on
 their values. The floor is bytes / bandwidth + operations / rate: K and V that decoding reads once, all weights once a

@@ -14,12 +14,15 @@ import torch
 
 import kernels.bench
 import lab.bench
+from lab.bench import regress
 from lab.bench.cases import CASES
 from lab.bench.workloads import Rows, first_token, laptop, startup, step, throughput
 from lab.command import Parser, status
 from lab.core import InputError, unknown
 from lab.record import describe
 from lab.run import real
+
+REGRESS = ("compare", "baseline")  # have options of their own
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,10 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
+    if arguments and arguments[0] in REGRESS:
+        return regress.main(arguments)
     parser = Parser(
         prog="python -m lab.bench", description=lab.bench.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["throughput", "step", "startup", "laptop", "kernels", "first-token"])
+    parser.add_argument("what", choices=["throughput", "step", "startup", "laptop", "kernels", "first-token", *REGRESS])
     parser.add_argument("cases", nargs="*", metavar="CASE", help="of throughput: " + ", ".join(CASES))
     parser.add_argument("--rounds", type=int, default=5, help="of each case; every second one is recorded")
     parser.add_argument("--depth", type=int, choices=(0, 1), default=1, help="steps that run while the next is planned")

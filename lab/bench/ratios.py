@@ -1,0 +1,149 @@
+"""Did something get slower? Times beside a fixed calibration, against a baseline of the same with its spread.
+
+A run is a JSON file by pytest-benchmark, of `tests/benchmarks`: with each benchmark it has a ratio, the benchmark's
+time over that of the calibration that ran between its rounds. The baseline has their medians over several runs.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lab.core import InputError
+
+MARGIN = 0.25  # slower than the baseline by more is a regression, however little the baseline spreads
+SAFETY = 2.0  # times the spread of the baseline, if that is more
+PLANTED = 0.5  # what any benchmark should notice
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One benchmark of one run."""
+
+    name: str  # its node id
+    ratio: float
+    seconds: float  # of one of its `unit`
+    unit: str
+    bar_s: float | None = None  # that one of them may take
+
+
+@dataclass(frozen=True)
+class Taken:
+    """One run, and where and of what it was."""
+
+    commit: str
+    commit_time: str
+    hardware: str
+    python: str
+    timings: dict[str, Timing]
+
+
+@dataclass(frozen=True)
+class Known:
+    """One benchmark of the baseline. The spread is the largest deviation of a run from the median, as a share."""
+
+    ratio: float
+    spread: float
+    runs: int
+
+    @property
+    def allowed(self) -> float:
+        """By how much a run may exceed the ratio, as a share."""
+        return max(MARGIN, SAFETY * self.spread)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    made: dict[str, Any]
+    known: dict[str, Known]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    timing: Timing
+    known: Known | None
+
+    @property
+    def change(self) -> float:
+        """Of the ratio, as a share of the baseline's: 0.5 takes half as long again."""
+        return self.timing.ratio / self.known.ratio - 1 if self.known else 0.0
+
+    @property
+    def word(self) -> str:
+        if self.known is None:
+            return "new"
+        allowed = self.known.allowed
+        return "SLOWER" if self.change > allowed else "faster" if self.change < -allowed / (1 + allowed) else ""
+
+
+def read_run(path: Path) -> Taken:
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        machine, commit = run["machine_info"], run["commit_info"]
+        timings = {}
+        for one in run["benchmarks"]:
+            extra = one["extra_info"]
+            ratio, seconds = float(extra["ratio"]), float(extra["seconds"])
+            name = one["fullname"]
+            timings[name] = Timing(name, ratio, seconds, extra["unit"], extra.get("bar_s"))
+        taken = Taken(
+            commit["id"][:7] + ("+" if commit["dirty"] else ""),
+            commit["time"],
+            machine["cpu"].get("brand_raw", machine["machine"]),
+            machine["python_version"],
+            timings,
+        )
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give a JSON file of a run, or none") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        rule = f"is not what pytest-benchmark writes of tests/benchmarks ({type(error).__name__}: {error})"
+        raise InputError(f"{path}: {rule}; measure again") from None
+    if not taken.timings:
+        raise InputError(f"{path}: holds no benchmark; measure again")
+    return taken
+
+
+def read_baseline(path: Path) -> Baseline:
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        return Baseline(held["made"], {name: Known(**one) for name, one in held["known"].items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: no baseline ({error}); make one with python -m lab.bench baseline") from None
+
+
+def baseline_of(runs: Seq[Taken], old: Mapping[str, Known]) -> Baseline:
+    """Medians and spreads of at least three runs; benchmarks of other devices, which these lack, stay as they were."""
+    if len(runs) < 3:
+        raise InputError(f"{len(runs)} runs: a spread needs at least 3, better 10; measure more")
+    here = {(run.hardware, run.python, run.commit) for run in runs}
+    if len(here) > 1:
+        raise InputError(f"{len(runs)} runs of {len(here)} machines or commits: take runs of one")
+    found = dict(old)
+    for name in runs[0].timings:
+        ratios = [run.timings[name].ratio for run in runs if name in run.timings]
+        middle = statistics.median(ratios)
+        spread = max(abs(ratio / middle - 1) for ratio in ratios)
+        found[name] = Known(round(middle, 5), round(spread, 4), len(ratios))
+    first = runs[0]
+    made = {"commit": first.commit, "hardware": first.hardware, "python": first.python, "runs": len(runs)}
+    return Baseline(made, found)
+
+
+def write_baseline(baseline: Baseline, path: Path) -> None:
+    known = {name: asdict(one) for name, one in sorted(baseline.known.items())}
+    path.write_text(json.dumps({"made": baseline.made, "known": known}, indent=1) + "\n", encoding="utf-8")
+
+
+def judge(timings: Iterable[Timing], baseline: Baseline) -> list[Verdict]:
+    return [Verdict(timing, baseline.known.get(timing.name)) for timing in timings]
+
+
+def quicker(first: Mapping[str, Timing], again: Mapping[str, Timing]) -> dict[str, Timing]:
+    """Of benchmarks measured twice the quicker time: noise only ever adds."""
+    better = {name: one for name, one in again.items() if name in first and one.ratio < first[name].ratio}
+    return {**first, **better}

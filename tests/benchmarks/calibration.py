@@ -1,0 +1,59 @@
+"""Fixed work against which everything is timed: it must never change, or every baseline is void.
+
+A machine that is twice as slow needs twice the time for this, too. What differs between machines is how they weigh
+interpreted code, arithmetic and memory, so there is one for each kind of benchmark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+class Node:
+    __slots__ = ("count", "table")
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.table: list[int] = []
+
+    def grow(self, free: list[int]) -> bool:
+        if self.count % 16 == 0:
+            self.table.append(free.pop())
+        self.count += 1
+        return True
+
+
+def python() -> None:
+    """What the host does in a step: attributes, dictionaries, short lists and tuples, small functions. Some 1 ms."""
+    free = list(range(1024))
+    nodes = {Node(i): i for i in range(256)}
+    work: dict[Node, int] = {}
+    for _ in range(8):
+        for node, i in nodes.items():
+            if node.grow(free):
+                work[node] = min(i, node.count)
+    found = {(node.count, tuple(node.table)): node for node in work}
+    assert len(found) == len(nodes)
+
+
+def tensors(device: str) -> Callable[[], None]:
+    """What a model does in a step: a product, a gather, a softmax and calls too small to matter. Some 2 ms on a CPU."""
+    big = device != "cpu"
+    draw = torch.Generator().manual_seed(0)
+    side, rows = (4096, 2**16) if big else (192, 2**12)
+    square = torch.randn(side, side, generator=draw).to(device)
+    memory = torch.randn(rows, 256, generator=draw).to(device)
+    order = torch.randperm(rows, generator=draw).to(device)
+
+    def run() -> None:
+        small = square[0]
+        for _ in range(16):
+            small = small * 0.5 + square[1]
+        (square @ square).softmax(-1)
+        memory.index_select(0, order).sum(0)
+        if big:
+            torch.cuda.synchronize()
+
+    return run
