@@ -29,6 +29,7 @@ class Timing:
     ratio: float
     seconds: float  # of one of its `unit`
     unit: str
+    best_s: float = 0.0  # in the quickest round
     bar_s: float | None = None  # that one of them may take
 
 
@@ -90,7 +91,7 @@ def read_run(path: Path) -> Taken:
             extra = one["extra_info"]
             ratio, seconds = float(extra["ratio"]), float(extra["seconds"])
             name = one["fullname"]
-            timings[name] = Timing(name, ratio, seconds, extra["unit"], extra.get("bar_s"))
+            timings[name] = Timing(name, ratio, seconds, extra["unit"], float(extra["best_s"]), extra["bar_s"])
         taken = Taken(
             commit["id"][:7] + ("+" if commit["dirty"] else ""),
             commit["time"],
