@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from lab.allocators import ALLOCATORS, Allocator
-from lab.core import Group, Request, SamplingParams
+from lab.core import Group, Request, SamplingParams, Sequence
 
 NAMES = ("contiguous-max", "contiguous-double-firstfit", "paged", "paged-prefix")
 SEQUENCES = 128
-TOKENS = 4  # that each sequence grows by: every fourth takes a block
+TOKENS = 8  # that each sequence grows by: every second takes a block
 BLOCKS = 192 * SEQUENCES  # enough for all at their longest
 each = pytest.mark.parametrize("name", NAMES)
 
@@ -55,12 +55,6 @@ class Pool:
         for group in self.groups:
             assert self.allocator.admit(group) is not None
 
-    def extend(self) -> None:
-        for group in self.groups:
-            for s in group.live:
-                assert self.allocator.extend(s, s.computed + 1)
-                s.computed += 1
-
     def fork(self) -> None:
         """Every output takes over the first one's tokens, and then all write."""
         for group in self.groups:
@@ -68,7 +62,8 @@ class Pool:
             for child in children:
                 assert self.allocator.fork(leader, child, leader.computed)
                 child.computed = leader.computed
-        self.extend()
+            for s in group.live:
+                assert self.allocator.extend(s, s.computed + 1)
 
     def release(self) -> None:
         for group in self.groups:
@@ -84,13 +79,24 @@ def test_admit(timed: Any, name: str) -> None:
 
 @each
 def test_extend(timed: Any, name: str) -> None:
+    """Token by token, after the first, in which a prefix cache makes known what is full."""
     pool = Pool(name)
+    calls: list[tuple[Sequence, int]] = []
 
-    def grow() -> None:
-        for _ in range(TOKENS):
-            pool.extend()
+    def prepare() -> None:
+        pool.computed()
+        for group in pool.groups:
+            s = group.live[0]
+            pool.allocator.extend(s, s.computed + 1)
+            s.computed += 1
+        calls[:] = [(g.live[0], g.live[0].computed + n) for n in range(1, TOKENS + 1) for g in pool.groups]
 
-    timed(grow, prepare=pool.computed, count=TOKENS * SEQUENCES, unit="tokens")
+    def work() -> None:
+        extend = pool.allocator.extend
+        for s, length in calls:
+            extend(s, length)
+
+    timed(work, prepare=prepare, count=TOKENS * SEQUENCES, unit="tokens")
 
 
 @each
