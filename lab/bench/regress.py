@@ -92,8 +92,9 @@ def _measure(arguments: list[str]) -> Taken:
         command = [sys.executable, "-m", "pytest", "-m", "benchmark", "-p", "no:cacheprovider", *arguments]
         done = subprocess.run([*command, f"--benchmark-json={file}"], cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
-            said = (done.stdout + done.stderr).strip().splitlines() or ["it says nothing"]
-            raise InputError(f"the benchmarks failed ({said[-1]}): see python -m pytest -m benchmark")
+            lines = [*(done.stderr + done.stdout).strip().splitlines(), f"exit status {done.returncode}"]
+            why = next((line for line in lines if line.startswith(("FAILED", "ERROR"))), lines[-2])
+            raise InputError(f"the benchmarks failed ({why}): see python -m pytest -m benchmark")
         return read_run(file)
 
 
@@ -149,7 +150,8 @@ def said(timing: Timing) -> str:
 
 def draw(store: Path, run: Taken, baseline: Baseline) -> None:
     """Every run in the store, and this one, in order of their commits: ratios over those of the baseline."""
-    runs = [read_run(path) for path in sorted(store.glob("*/*.json"))] or [run]
+    runs = [read_run(path) for path in sorted(store.glob("*/*.json"))]
+    runs += [run] if run not in runs else []
     ratios: dict[str, dict[str, list[tuple[str, float]]]] = {}
     commits = list(dict.fromkeys(one.commit for one in sorted(runs, key=lambda one: one.commit_time)))
     for one in runs:

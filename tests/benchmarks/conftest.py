@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -10,15 +11,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from tests.benchmarks.calibration import python, tensors
+from tests.benchmarks.calibration import python
 
 SECONDS = 0.4  # of a benchmark, with calibration and all
 FEWEST, MOST = 12, 300  # rounds
 HERE = Path(__file__).parent
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 def clock(device: str) -> Callable[[], float]:
@@ -31,13 +30,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path.parent == HERE:
             device = item.callspec.params.get("device", "cpu") if hasattr(item, "callspec") else "cpu"
             item.add_marker(pytest.mark.benchmark(timer=clock(device)))
-            if device == "cuda":
-                item.add_marker(CUDA)
+            if device == "cuda" and not importlib.import_module("torch").cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
 @cache
 def calibration(beside: str) -> Callable[[], None]:
-    return python if beside == "python" else tensors(beside)
+    if beside == "python":
+        return python
+    return importlib.import_module("tests.benchmarks.calibration_of_tensors").tensors(beside)  # brings torch: seconds
 
 
 class Timed:
@@ -102,8 +103,7 @@ def quartile(values: list[float]) -> float:
 
 @pytest.fixture
 def timed(benchmark: BenchmarkFixture) -> Iterator[Timed]:
-    """On one thread. The garbage collector rests: when it comes depends on all that was allocated before."""
-    torch.set_num_threads(1)
+    """The garbage collector rests: when it comes depends on all that was allocated before."""
     gc.collect()
     gc.disable()
     yield Timed(benchmark)
