@@ -7,6 +7,7 @@ time over that of the calibration that ran between its rounds. The baseline has 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
@@ -18,6 +19,7 @@ from lab.core import InputError
 
 MARGIN = 0.25  # slower than the baseline by more is a regression, however little the baseline spreads
 SAFETY = 2.0  # times the spread of the baseline, if that is more
+MOST_RUNS = 0.8  # share of the baseline's runs that deviate by no more than the spread: a disturbed one does not count
 PLANTED = 0.5  # what any benchmark should notice
 
 
@@ -46,7 +48,7 @@ class Taken:
 
 @dataclass(frozen=True)
 class Known:
-    """One benchmark of the baseline. The spread is the largest deviation of a run from the median, as a share."""
+    """One benchmark of the baseline: a median over runs. No run but a few deviates by more than the spread, a share."""
 
     ratio: float
     spread: float
@@ -120,7 +122,7 @@ def read_baseline(path: Path) -> Baseline:
 def baseline_of(runs: Seq[Taken], old: Mapping[str, Known]) -> Baseline:
     """Medians and spreads of at least three runs; benchmarks of other devices, which these lack, stay as they were."""
     if len(runs) < 3:
-        raise InputError(f"{len(runs)} runs: a spread needs at least 3, better 10; measure more")
+        raise InputError(f"{len(runs)} runs: a spread needs at least 3, better 10: measure more")
     here = {(run.hardware, run.python, run.commit) for run in runs}
     if len(here) > 1:
         raise InputError(f"{len(runs)} runs of {len(here)} machines or commits: take runs of one")
@@ -128,7 +130,8 @@ def baseline_of(runs: Seq[Taken], old: Mapping[str, Known]) -> Baseline:
     for name in runs[0].timings:
         ratios = [run.timings[name].ratio for run in runs if name in run.timings]
         middle = statistics.median(ratios)
-        spread = max(abs(ratio / middle - 1) for ratio in ratios)
+        deviations = sorted(abs(ratio / middle - 1) for ratio in ratios)
+        spread = deviations[math.ceil(MOST_RUNS * len(ratios)) - 1]
         found[name] = Known(round(middle, 5), round(spread, 4), len(ratios))
     first = runs[0]
     made = {"commit": first.commit, "hardware": first.hardware, "python": first.python, "runs": len(runs)}

@@ -55,7 +55,7 @@ def test_account_of_a_record(timed: Any) -> None:
     """The same from a record, in closed form, for every step of it."""
     record = recorded()
     steps = len(categories(record))
-    timed(lambda: categories(record), beside="cpu", count=steps, unit="steps")
+    timed(lambda: categories(record), count=steps, unit="steps")
 
 
 @pytest.mark.parametrize("allocator", ["contiguous-max", "paged"])
