@@ -12,11 +12,12 @@ import pytest
 
 from lab.bench import regress
 from lab.bench.__main__ import main
-from lab.bench.ratios import Baseline, Known, Taken, Timing, baseline_of, judge, write_baseline
+from lab.bench.ratios import Known, Taken, Timing, baseline_of, judge, write_baseline
 from lab.plot.history import history
 
 FORK, ADMIT = (f"tests/benchmarks/bench_allocators.py::test_{name}[paged]" for name in ("fork", "admit"))
-BASE = {FORK: Known(2.0, 0.01, 10), ADMIT: Known(0.5, 0.2, 10)}
+HERE = "an abacus, Python 3.11.1"
+BASE = {FORK: Known(2.0, 0.01, 10, HERE, "b"), ADMIT: Known(0.5, 0.2, 10, HERE, "b")}
 
 
 def run_file(path: Path, ratios: Mapping[str, float], commit: str = "a" * 40, when: str = "2026-01-01") -> Path:
@@ -32,14 +33,13 @@ def run_file(path: Path, ratios: Mapping[str, float], commit: str = "a" * 40, wh
 
 
 def taken(*ratios: float) -> list[Taken]:
-    return [Taken("a", "", "an abacus", "3.11.1", {FORK: Timing(FORK, r, r, "sequences")}) for r in ratios]
+    return [Taken("a", "", {FORK: Timing(FORK, r, r, "sequences", HERE)}) for r in ratios]
 
 
 @pytest.fixture
 def compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     """Exit status, output, complaint of a comparison with BASE."""
-    made = {"commit": "b", "hardware": "an abacus", "python": "3.11.1", "runs": 10}
-    write_baseline(Baseline(made, BASE), tmp_path / "baseline.json")
+    write_baseline(BASE, tmp_path / "baseline.json")
 
     def go(*arguments: object) -> tuple[int, str, str]:
         where = ["--baseline", str(tmp_path / "baseline.json"), "--store", str(tmp_path / "store")]
@@ -74,29 +74,29 @@ def test_a_quarter_or_twice_the_spread(
 
 def test_another_machine_is_named(compare: Any, tmp_path: Path) -> None:
     file = run_file(tmp_path / "run.json", {FORK: 2.0})
-    assert "another machine" not in compare(file)[1]
+    assert "the baseline is of" not in compare(file)[1]
     file.write_text(file.read_text().replace("an abacus", "a slide rule"))
-    assert "this run: a slide rule, Python 3.11.1: another machine" in compare(file)[1]
+    assert f"the baseline is of {HERE}, this of a slide rule, Python 3.11.1" in compare(file)[1]
 
 
 def test_medians_and_spreads() -> None:
     """Of five runs one may be off by any amount."""
-    made = baseline_of(taken(1.0, 1.9, 0.95, 1.02, 0.99), {FORK: Known(7.0, 0.5, 3), ADMIT: Known(3.0, 0.1, 4)})
-    assert made.known == {FORK: Known(1.0, 0.05, 5), ADMIT: Known(3.0, 0.1, 4)}
-    assert made.made == {"commit": "a", "hardware": "an abacus", "python": "3.11.1", "runs": 5}
+    old = {FORK: Known(7.0, 0.5, 3, HERE, "b"), ADMIT: Known(3.0, 0.1, 4, "a slide rule", "b")}
+    made = baseline_of(taken(1.0, 1.9, 0.95, 1.02, 0.99), old)
+    assert made == {FORK: Known(1.0, 0.05, 5, HERE, "a"), ADMIT: old[ADMIT]}
 
 
 def test_what_seems_slower_is_measured_again(compare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disturbance goes away, a regression stays."""
-    timings = {name: Timing(name, 2 * BASE[name].ratio, 1.0, "calls") for name in (FORK, ADMIT)}
+    timings = {name: Timing(name, 2 * BASE[name].ratio, 1.0, "calls", HERE) for name in (FORK, ADMIT)}
     asked = []
 
     def again(names: list[str]) -> Taken:
         asked.append(names)
         ratios = {FORK: 2.1 if len(asked) == 1 else 4.5, ADMIT: 1.1}
-        return Taken("a", "", "", "", {name: Timing(name, ratios[name], 1.0, "calls") for name in names})
+        return Taken("a", "", {name: Timing(name, ratios[name], 1.0, "calls", HERE) for name in names})
 
-    monkeypatch.setattr(regress, "measure", lambda only, store: Taken("a", "", "", "", timings))
+    monkeypatch.setattr(regress, "measure", lambda only, store: Taken("a", "", timings))
     monkeypatch.setattr(regress, "measure_these", again)
     status, said, _ = compare()
     assert asked == [[FORK, ADMIT], [ADMIT]]
@@ -131,11 +131,13 @@ def test_wrong_input_is_one_line(compare: Any, tmp_path: Path, monkeypatch: pyte
 def test_history_is_drawn_in_order_of_commits(compare: Any, tmp_path: Path) -> None:
     folder = tmp_path / "store" / "machine"
     folder.mkdir(parents=True)
+    (folder / "strange.json").write_text("{}")
     for i, (commit, when, ratio) in enumerate(
         [("c", "2026-02-02", 3.0), ("d", "2026-01-02", 2.0), ("c", "2026-02-02", 4)]
     ):
         run_file(folder / f"{i}.json", {FORK: ratio}, 40 * commit, when)
     _, said, _ = compare(run_file(tmp_path / "run.json", {FORK: 2.2}, when="2026-03-02"))
+    assert "left out of the history" in said
     assert f"history of 4 runs of 3 commits: {tmp_path}/store/history.svg" in said
     assert (tmp_path / "store" / "history.svg").stat().st_size
     figure = history({"fork": {"paged": [("c", 1.5), ("d", 1.0), ("c", 2.0)]}}, ["d", "c"])
@@ -157,6 +159,6 @@ def test_a_planted_regression_is_caught(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_baseline_of_the_repository_covers_what_there_is() -> None:
-    known = regress.read_baseline(regress.BASELINE).known
+    known = regress.read_baseline(regress.BASELINE)
     assert len({name.split("::")[0] for name in known}) == len(list(regress.BENCHMARKS.glob("bench_*.py")))
     assert all(one.ratio > 0 and one.runs >= 10 for one in known.values())

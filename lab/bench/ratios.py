@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from lab.core import InputError
 
@@ -31,18 +30,17 @@ class Timing:
     ratio: float
     seconds: float  # of one of its `unit`
     unit: str
+    where: str  # machine and Python
     best_s: float = 0.0  # in the quickest round
     bar_s: float | None = None  # that one of them may take
 
 
 @dataclass(frozen=True)
 class Taken:
-    """One run, and where and of what it was."""
+    """One run, and of what."""
 
     commit: str
     commit_time: str
-    hardware: str
-    python: str
     timings: dict[str, Timing]
 
 
@@ -53,6 +51,8 @@ class Known:
     ratio: float
     spread: float
     runs: int
+    where: str
+    commit: str
 
     @property
     def allowed(self) -> float:
@@ -60,10 +60,7 @@ class Known:
         return max(MARGIN, SAFETY * self.spread)
 
 
-@dataclass(frozen=True)
-class Baseline:
-    made: dict[str, Any]
-    known: dict[str, Known]
+Baseline = Mapping[str, Known]
 
 
 @dataclass(frozen=True)
@@ -91,16 +88,17 @@ def read_run(path: Path) -> Taken:
         timings = {}
         for one in run["benchmarks"]:
             extra = one["extra_info"]
-            ratio, seconds = float(extra["ratio"]), float(extra["seconds"])
-            name = one["fullname"]
-            timings[name] = Timing(name, ratio, seconds, extra["unit"], float(extra["best_s"]), extra["bar_s"])
-        taken = Taken(
-            commit["id"][:7] + ("+" if commit["dirty"] else ""),
-            commit["time"],
-            machine["cpu"].get("brand_raw", machine["machine"]),
-            machine["python_version"],
-            timings,
-        )
+            device = extra.get("device") or machine["cpu"].get("brand_raw", machine["machine"])
+            timings[one["fullname"]] = Timing(
+                name=one["fullname"],
+                ratio=float(extra["ratio"]),
+                seconds=float(extra["seconds"]),
+                unit=extra["unit"],
+                where=f"{device}, Python {machine['python_version']}",
+                best_s=float(extra["best_s"]),
+                bar_s=extra["bar_s"],
+            )
+        taken = Taken(commit["id"][:7] + ("+" if commit["dirty"] else ""), commit["time"], timings)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give a JSON file of a run, or none") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -112,39 +110,37 @@ def read_run(path: Path) -> Taken:
 
 
 def read_baseline(path: Path) -> Baseline:
+    """`Known` by the names of benchmarks."""
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-        return Baseline(held["made"], {name: Known(**one) for name, one in held["known"].items()})
+        return {name: Known(**one) for name, one in held.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: no baseline ({error}); make one with python -m lab.bench baseline") from None
 
 
-def baseline_of(runs: Seq[Taken], old: Mapping[str, Known]) -> Baseline:
+def baseline_of(runs: Seq[Taken], old: Baseline) -> Baseline:
     """Medians and spreads of at least three runs; benchmarks of other devices, which these lack, stay as they were."""
     if len(runs) < 3:
         raise InputError(f"{len(runs)} runs: a spread needs at least 3, better 10: measure more")
-    here = {(run.hardware, run.python, run.commit) for run in runs}
-    if len(here) > 1:
-        raise InputError(f"{len(runs)} runs of {len(here)} machines or commits: take runs of one")
     found = dict(old)
-    for name in runs[0].timings:
+    for name, one in runs[0].timings.items():
+        if len(here := {(run.commit, run.timings[name].where) for run in runs if name in run.timings}) > 1:
+            raise InputError(f"{len(runs)} runs of {len(here)} machines or commits: take runs of one")
         ratios = [run.timings[name].ratio for run in runs if name in run.timings]
         middle = statistics.median(ratios)
         deviations = sorted(abs(ratio / middle - 1) for ratio in ratios)
         spread = deviations[math.ceil(MOST_RUNS * len(ratios)) - 1]
-        found[name] = Known(round(middle, 5), round(spread, 4), len(ratios))
-    first = runs[0]
-    made = {"commit": first.commit, "hardware": first.hardware, "python": first.python, "runs": len(runs)}
-    return Baseline(made, found)
+        found[name] = Known(round(middle, 5), round(spread, 4), len(ratios), one.where, runs[0].commit)
+    return found
 
 
 def write_baseline(baseline: Baseline, path: Path) -> None:
-    known = {name: asdict(one) for name, one in sorted(baseline.known.items())}
-    path.write_text(json.dumps({"made": baseline.made, "known": known}, indent=1) + "\n", encoding="utf-8")
+    known = {name: asdict(one) for name, one in sorted(baseline.items())}
+    path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
 
 def judge(timings: Iterable[Timing], baseline: Baseline) -> list[Verdict]:
-    return [Verdict(timing, baseline.known.get(timing.name)) for timing in timings]
+    return [Verdict(timing, baseline.get(timing.name)) for timing in timings]
 
 
 def quicker(first: Mapping[str, Timing], again: Mapping[str, Timing]) -> dict[str, Timing]:

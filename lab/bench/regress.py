@@ -52,9 +52,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--only", default="", metavar="WORDS", help="benchmarks to measure, as pytest's -k has it")
     args = parser.parse_args(arguments)
     if args.what == "baseline":
-        old = read_baseline(args.baseline) if args.baseline.is_file() else Baseline({}, {})
+        old = read_baseline(args.baseline) if args.baseline.is_file() else {}
         runs = [read_run(path) for path in args.runs] or [measure(args.only, args.store) for _ in range(10)]
-        made = baseline_of(runs, old.known)
+        made = baseline_of(runs, old)
         write_baseline(made, args.baseline)
         print(spreads(made))
         return 0
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
         if suspects:
             print(f"measuring again: {', '.join(short(name) for name in suspects)}", flush=True)
             timings = quicker(timings, measure_these(suspects).timings)
-    status = report(run, timings.values(), baseline)
+    status = report(timings.values(), baseline)
     draw(args.store, run, baseline)
     return status
 
@@ -98,9 +98,8 @@ def _measure(arguments: list[str]) -> Taken:
         return read_run(file)
 
 
-def report(run: Taken, timings: Iterable[Timing], baseline: Baseline) -> int:
+def report(timings: Iterable[Timing], baseline: Baseline) -> int:
     verdicts = judge(timings, baseline)
-    made = baseline.made
     if not any(one.known for one in verdicts):
         raise InputError("no benchmark of this run is in the baseline: make one with python -m lab.bench baseline")
     print(f"{'benchmark':52} {'time':>22} {'ratio':>9} {'baseline':>9} {'change':>7} {'allowed':>7}")
@@ -113,10 +112,10 @@ def report(run: Taken, timings: Iterable[Timing], baseline: Baseline) -> int:
                 f"{short(one.timing.name)}: {1e3 * one.timing.best_s:.2f} ms at best, {met} its bar of {1e3 * bar_s:g}"
             )
     slower = [one for one in verdicts if one.word == "SLOWER"]
-    print(f"\nratios: time over that of a fixed calibration in the same rounds. Baseline: {made['runs']} runs of")
-    print(f"{made['commit']} on {made['hardware']}, Python {made['python']}")
-    if (made["hardware"], made["python"]) != (run.hardware, run.python):
-        print(f"this run: {run.hardware}, Python {run.python}: another machine may differ by more than the noise")
+    print("\nratio: time over that of a fixed calibration in the same rounds")
+    for mine, theirs in sorted({(one.timing.where, one.known.where) for one in verdicts if one.known}):
+        if mine != theirs:
+            print(f"the baseline is of {theirs}, this of {mine}: they may differ by more than the noise")
     for one in slower:
         print(f"{short(one.timing.name)} takes {1 + one.change:.2f} times as long as it did")
     print(f"{len(slower)} of {len(verdicts)} benchmarks got slower")
@@ -132,7 +131,7 @@ def line(one: Verdict) -> str:
 
 def spreads(baseline: Baseline) -> str:
     lines = [f"{'benchmark':52} {'ratio':>9} {'spread':>7} {'allowed':>7}"]
-    for name, known in baseline.known.items():
+    for name, known in baseline.items():
         blind = f"  does not notice {PLANTED:.0%}" if known.allowed >= PLANTED else ""
         lines.append(f"{short(name):52} {known.ratio:9.3f} {known.spread:7.1%} {known.allowed:7.0%}{blind}")
     return "\n".join(lines)
@@ -150,15 +149,20 @@ def said(timing: Timing) -> str:
 
 def draw(store: Path, run: Taken, baseline: Baseline) -> None:
     """Every run in the store, and this one, in order of their commits: ratios over those of the baseline."""
-    runs = [read_run(path) for path in sorted(store.glob("*/*.json"))]
+    runs = []
+    for path in sorted(store.glob("*/*.json")):
+        try:
+            runs.append(read_run(path))
+        except InputError as error:
+            print(f"left out of the history: {error}")
     runs += [run] if run not in runs else []
     ratios: dict[str, dict[str, list[tuple[str, float]]]] = {}
     commits = list(dict.fromkeys(one.commit for one in sorted(runs, key=lambda one: one.commit_time)))
     for one in runs:
         for name, timing in one.timings.items():
-            if name in baseline.known:
+            if name in baseline:
                 test, _, case = short(name).partition("[")
                 points = ratios.setdefault(test, {}).setdefault(case.removesuffix("]"), [])
-                points.append((one.commit, timing.ratio / baseline.known[name].ratio))
+                points.append((one.commit, timing.ratio / baseline[name].ratio))
     paths = save(history(ratios, commits), store / "history")
     print(f"history of {len(runs)} runs of {len(commits)} commits: {paths[1]}")

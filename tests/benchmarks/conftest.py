@@ -85,6 +85,7 @@ class Timed:
             bar_s=bar_s,
             beside=beside,
             beside_s=quartile(fixed_s),
+            device=importlib.import_module("torch").cuda.get_device_name() if beside == "cuda" else "",
         )
 
     def rounds(self, work: Callable[[], object], before: Callable[[], None]) -> int:
