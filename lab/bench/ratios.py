@@ -143,7 +143,7 @@ def judge(timings: Iterable[Timing], baseline: Baseline) -> list[Verdict]:
     return [Verdict(timing, baseline.get(timing.name)) for timing in timings]
 
 
-def quicker(first: Mapping[str, Timing], again: Mapping[str, Timing]) -> dict[str, Timing]:
-    """Of benchmarks measured twice the quicker time: noise only ever adds."""
-    better = {name: one for name, one in again.items() if name in first and one.ratio < first[name].ratio}
-    return {**first, **better}
+def middle(several: Iterable[Timing]) -> Timing:
+    """The median, of an even number the lower one: slower than a limit if more than half are."""
+    ordered = sorted(several, key=lambda one: one.ratio)
+    return ordered[(len(ordered) - 1) // 2]

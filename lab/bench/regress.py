@@ -17,7 +17,7 @@ from lab.bench.ratios import (
     Verdict,
     baseline_of,
     judge,
-    quicker,
+    middle,
     read_baseline,
     read_run,
     write_baseline,
@@ -31,10 +31,10 @@ ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "tests" / "benchmarks"
 BASELINE = BENCHMARKS / "baseline.json"
 STORE = ROOT / ".benchmarks"  # where pytest-benchmark keeps runs
-AGAIN = 2  # times that a benchmark is measured again before it is called slower
+AGAIN = 3  # times that what seems slower is measured again: blamed if it is slower in three of the four
 DESCRIPTION = """What got slower beyond the noise, and by how much? Exit status 1 if anything did.
 
-    python -m lab.bench compare               measure now; what seems slower is measured twice more before it is blamed
+    python -m lab.bench compare               measure now; what seems slower is measured again before it is blamed
     python -m lab.bench compare RUN.json      judge a run of `python -m pytest -m benchmark --benchmark-json RUN.json`
     python -m lab.bench baseline              measure ten times, and write medians and spreads to the baseline
     python -m lab.bench baseline RUN.json...  the same of runs that there are
@@ -63,11 +63,11 @@ def main(arguments: list[str]) -> int:
     baseline = read_baseline(args.baseline)
     run = read_run(args.runs[0]) if args.runs else measure(args.only, args.store)
     timings = dict(run.timings)
-    for _ in range(0 if args.runs else AGAIN):
-        suspects = [one.timing.name for one in judge(timings.values(), baseline) if one.word == "SLOWER"]
-        if suspects:
-            print(f"measuring again: {', '.join(short(name) for name in suspects)}", flush=True)
-            timings = quicker(timings, measure_these(suspects).timings)
+    suspects = [one.timing.name for one in judge(timings.values(), baseline) if one.word == "SLOWER"]
+    if suspects and not args.runs:
+        print(f"measuring again: {', '.join(short(name) for name in suspects)}", flush=True)
+        again = [run, *(measure_these(suspects) for _ in range(AGAIN))]
+        timings |= {name: middle(one.timings[name] for one in again) for name in suspects}
     status = report(timings.values(), baseline)
     draw(args.store, run, baseline)
     return status
