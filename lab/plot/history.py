@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from lab.plot.style import COLORS, FONT, GREY, INK, MARKERS
 
 COLUMNS = 4
+LABELS = 8  # commits that are named, at most
 BAND = (0.8, 1.25)  # a quarter slower, or faster
 
 Points = Seq[tuple[str, float]]  # commit, time over the baseline's; several of a commit are runs
@@ -24,6 +25,8 @@ def history(ratios: Mapping[str, Mapping[str, Points]], commits: Seq[str]) -> Fi
     with mpl.rc_context(FONT):
         figure = Figure(figsize=(3.4 * COLUMNS, 1.0 + 2.3 * rows), layout="constrained")
         grid = figure.subplots(rows, COLUMNS, squeeze=False, sharex=True, sharey=True)
+        for axes in grid[:, 0]:
+            axes.set_ylabel("times the baseline")
         for axes in grid.flat[len(ratios) :]:
             axes.set_visible(False)
         for axes, (name, cases) in zip(grid.flat, ratios.items(), strict=False):
@@ -38,10 +41,14 @@ def history(ratios: Mapping[str, Mapping[str, Points]], commits: Seq[str]) -> Fi
                 axes.plot(where, middle, color=color, marker=marker, markersize=4, linewidth=1, label=case or None)
             axes.set_yscale("log", base=2)
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axes.set_xticks(range(len(commits)), commits, rotation=60, fontsize=7)
+            named = range(0, len(commits), -(-len(commits) // LABELS))
+            axes.set_xticks(named, [commits[i] for i in named], rotation=60, fontsize=7)
             axes.tick_params(labelbottom=True)
             axes.spines[["top", "right"]].set_visible(False)
             if any(cases):
                 axes.legend(fontsize=6, frameon=False)
-        figure.suptitle("Time over the baseline's, both beside calibration; grey: a quarter", x=0.01, ha="left")
+        text = (
+            "Time of each benchmark beside its calibration, over the baseline's, by commit; grey: up to a quarter more"
+        )
+        figure.suptitle(text, x=0.01, ha="left")
     return figure
