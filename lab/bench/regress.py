@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -90,7 +91,9 @@ def _measure(arguments: list[str]) -> Taken:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.json"
         command = [sys.executable, "-m", "pytest", "-m", "benchmark", "-p", "no:cacheprovider", *arguments]
-        done = subprocess.run([*command, f"--benchmark-json={file}"], cwd=ROOT, capture_output=True, text=True)
+        alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # as the baseline was measured
+        command.append(f"--benchmark-json={file}")
+        done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
         if done.returncode:
             lines = [*(done.stderr + done.stdout).strip().splitlines(), f"exit status {done.returncode}"]
             why = next((line for line in lines if line.startswith(("FAILED", "ERROR"))), lines[-2])
