@@ -111,9 +111,7 @@ def report(timings: Iterable[Timing], baseline: Baseline) -> int:
     for one in verdicts:
         if bar_s := one.timing.bar_s:
             met = "under" if one.timing.best_s < bar_s else "over"
-            print(
-                f"{short(one.timing.name)}: {1e3 * one.timing.best_s:.2f} ms at best, {met} its bar of {1e3 * bar_s:g}"
-            )
+            print(f"{short(one.timing.name)}: {1e3 * one.timing.best_s:.2f} ms at best, {met} its {1e3 * bar_s:g} ms")
     slower = [one for one in verdicts if one.word == "SLOWER"]
     print("\nratio: time over that of a fixed calibration in the same rounds")
     for mine, theirs in sorted({(one.timing.where, one.known.where) for one in verdicts if one.known}):
