@@ -78,7 +78,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lab.options": {"lab.core", "lab.run", "lab.systems"},
     "lab.bench": POLICIES
     | {"lab.engine", "lab.executors.cache", "lab.executors.torch", "lab.models", "lab.pool", "lab.real", "lab.record"}
-    | {"lab.command", "lab.run", "lab.shapes", "kernels"},
+    | {"lab.command", "lab.plot", "lab.run", "lab.shapes", "kernels"},
     "lab.processes": {"lab.core", "lab.run"},
     "lab.harness": {
         "lab.options",
