@@ -63,7 +63,7 @@ def attention_kernel(
 ):
     # -- which queries: a piece of one tile of the batch, and heads of one group; which keys --
     HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    # Neighbours read the same place: heads of a row, tiles of a head. All splits of a long row come before the next row.
+    # Neighbours read the same place: heads of a row, tiles of a head. All splits of a long row precede the next row.
     part, tile = tl.program_id(1 if TOKENS > 1 else 0), tl.program_id(0 if TOKENS > 1 else 2)
     split, splits = tl.program_id(2 if TOKENS > 1 else 1), tl.num_programs(2 if TOKENS > 1 else 1)
     place, kv_head = tile // PIECES, part // HEAD_TILES
