@@ -30,7 +30,7 @@ from lab.core import InputError
 from lab.executors.simulated import FittedCost
 from lab.harness import Claim
 from lab.options import Options
-from lab.plot.style import BLACK, BLUE, FONT, GREEN, GREY, ORANGE, PURPLE, VERMILION, entitle, seeds_of
+from lab.plot.style import BAND, BLACK, BLUE, FONT, GREEN, GREY, ORANGE, PURPLE, VERMILION, entitle, legend, seeds_of
 from lab.record import Record
 from lab.run import Run, carry_out, real
 from lab.systems import label
@@ -154,7 +154,7 @@ def figure(rows: pd.DataFrame, header: Mapping[str, Any]) -> Figure:
         figure = Figure(figsize=(2.4 + 1.1 * sum(widths), 5.0), layout="constrained")
         row = figure.subplots(1, len(parts), sharey=True, squeeze=False, width_ratios=widths)[0]
         for axes, (part, own) in zip(row, parts.items(), strict=True):
-            axes.axhspan(-PER_CENT, PER_CENT, color="#F2F2F2", zorder=0)
+            band = axes.axhspan(-PER_CENT, PER_CENT, color=BAND, zorder=0)
             axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
             for i, (key, (title, color, marker)) in enumerate(MEASURES.items()):
                 x = pd.factorize(own["point"])[0] + 0.11 * (i - (len(MEASURES) - 1) / 2)
@@ -172,7 +172,8 @@ def figure(rows: pd.DataFrame, header: Mapping[str, Any]) -> Figure:
         row[0].set_ylim(-largest, largest)
         row[0].set_yticks([s * tick for tick in (0, 2, 5, 10, 20, 50, 100, 200) for s in (-1, 1) if tick <= largest])
         row[0].yaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
-        figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower left", ncols=6, frameon=False, fontsize=8)
+        handles, labels = row[0].get_legend_handles_labels()
+        legend(figure, [*handles, band], [*labels, f"±{PER_CENT:g} %, as claimed"])
         entitle(figure, row[0], "How wrong the virtual clock is", header, seeds_of(rows["seed"]))
     return figure
 

@@ -190,14 +190,18 @@ def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def figure(rows: pd.DataFrame, header: Mapping[str, Any]) -> Figure:
     micro, served = rows[rows["part"] == MICRO], rows[rows["part"] == SERVED]
-    panels = [(f"(a) {TOKENS} tokens, out and in", micro, "ms", "ms")]
+    panels = [(f"(a) {TOKENS} tokens of K and V", micro, "ms", "time (ms): swapped out and in,\nor recomputed")]
     panels += [
-        (f"(b) {load}", own, "normalised_s", "s per output token") for load, own in served.groupby("load", sort=False)
+        (f"(b) {load}", own, "normalised_s", "latency (s per output token)")
+        for load, own in served.groupby("load", sort=False)
     ]
     with mpl.rc_context(FONT):
-        drawn = Figure(figsize=(1 + 3.9 * len(panels), 4.0), layout="constrained")
-        grid = drawn.subplots(1, len(panels), squeeze=False)[0]
-        for axes, (title, own, column, unit) in zip(grid, panels, strict=True):
+        high = -(-len(panels) // 2)
+        drawn = Figure(figsize=(8.4, 1.0 + 3.2 * high), layout="constrained")
+        grid = drawn.subplots(high, 2, squeeze=False).flat
+        for axes in grid[len(panels) :]:
+            axes.set_axis_off()
+        for axes, (title, own, column, unit) in zip(grid, panels, strict=False):
             _panel(axes, own, column)
             axes.set_ylabel(unit)
             axes.annotate(title, (0.97, 0.98), xycoords="axes fraction", ha="right", va="top", fontsize=9)
