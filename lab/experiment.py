@@ -153,8 +153,8 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="a small version, in seconds; claims about the paper's numbers are not judged",
     )
-    add("--fresh", action="store_true", help="run again what has finished before")
-    late = "begin no run later than this; the same command goes on with the others (exit status 3)"
+    add("--fresh", action="store_true", help="run and measure again what has finished before")
+    late = "begin no run and no measurement later than this; the same command goes on with the others (exit status 3)"
     add("--stop-after", dest="stop_after_s", type=float, default=math.inf, metavar="S", help=late)
     return parser
 

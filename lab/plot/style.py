@@ -21,6 +21,7 @@ from lab.core import InputError
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 GREY, INK, MUTED = "#767676", "#222222", "#6E6E6E"  # all dark enough for small print
+BAND = "#E8E8E8"  # behind everything: what is claimed
 
 HALO = [withStroke(linewidth=2.5, foreground="white")]  # of text that a line may cross
 
@@ -41,6 +42,7 @@ POLICIES = {  # the systems that meet in most figures; any other policy gets the
     "tensorrt-llm": (PURPLE, "v"),
     "tensorrt-llm-utilisation": (PURPLE, "<"),
     "llama.cpp": (ORANGE, "p"),
+    "paged, reserved prefix": (PURPLE, "d"),
 }
 COLORS = [BLUE, VERMILION, ORANGE, GREEN, PURPLE, SKY, BLACK]
 MARKERS = ["X", "*", "<", ">", "p", "h", "d"]  # none of POLICIES, so that a stranger is never taken for one of them
