@@ -99,12 +99,12 @@ def seeds_of(seeds: pd.Series) -> str:
 
 
 def entitle(figure: Figure, axes: Axes, text: str, header: Mapping[str, Any], drawn: str) -> None:
-    """The title, and below it, from the left edge of `axes` on, in what setting all of it was seen."""
-    room = int(14.5 * (figure.get_figwidth() - 0.8))  # letters, beside the labels of the axis
+    """The title, and below it in what setting all of it was seen."""
+    room = int(14.5 * (figure.get_figwidth() - 0.2))  # letters
     said = textwrap.wrap(f"{setting(header)}, {drawn}", room)
     title = figure.suptitle(text + "\n" * len(said), x=0.01, ha="left", fontsize=12, fontweight="bold", linespacing=1.1)
-    where: Any = ("axes fraction", title)  # its height is kept free by the lines of the title, its width by nothing
-    axes.annotate("\n".join(said), (0, 0), xycoords=where, va="bottom", fontsize=9, color=INK, in_layout=False)
+    where: Any = ("figure fraction", title)  # its height is kept free by the lines of the title, its width by nothing
+    axes.annotate("\n".join(said), (0.01, 0), xycoords=where, va="bottom", fontsize=9, color=INK, in_layout=False)
 
 
 def legend(figure: Figure, handles: Seq[Any], labels: Seq[str]) -> None:
