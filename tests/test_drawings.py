@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,9 @@ from lab.film import HOLDING, film
 from lab.plot.blocks import slots
 from lab.plot.style import INK
 from lab.run import Run, carry_out
+from papers.performance import draw
 
+ROOT = Path(__file__).parents[1]
 LIMITS = Limits(length=32)
 
 
@@ -121,3 +126,16 @@ def test_the_roof_is_the_lower_of_two_limits() -> None:
     said = set(words(figure))
     assert {"400 TFLOP/s", "2.00 TB/s", " ridge: 200 operations per byte", "decode", "prompt", "a roof"} <= said
     assert "operations per second (TFLOP/s)" in said
+
+
+def test_the_roofline_of_what_was_measured(tmp_path: Path) -> None:
+    """Every mark lies below the roof that was measured beside it, within what two measurements of one rate differ."""
+    kept = ROOT / "papers" / "performance" / "results" / "h100"
+    shutil.copy(kept / "kernels.json", tmp_path)
+    draw.main(tmp_path)
+    assert [file.name for file in sorted(tmp_path.iterdir())] == ["kernels.json", "roofline.svg"]
+    marks = plot.attention_marks(pd.DataFrame(json.loads((kept / "kernels.json").read_text())["rows"]))
+    assert len(marks) == 22
+    decodes = marks[marks["operations"] / marks["bytes"] < 10]
+    assert (decodes["bytes"] / decodes["seconds"] < 1.01 * 3.07e12).all()
+    assert (marks["operations"] / marks["seconds"] < 797e12).all()

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lab.bench import __main__ as command
 from lab.bench import cases
+from lab.bench.profile import Span, Watch, busy_us, by_kind
 from lab.core import Request
 from lab.executors.torch import TorchExecutor
 from lab.models.decoder import Decoder
@@ -37,9 +38,7 @@ def test_the_floor_counts_each_byte_and_operation_once() -> None:
     assert seconds == pytest.approx(moved / 3e12 + operations / 7e14)
 
 
-@pytest.mark.parametrize("depth", [0, 1])
-@pytest.mark.parametrize("recorded", [False, True])
-def test_a_round_serves_everything(depth: int, recorded: bool) -> None:
+def tiny() -> TorchExecutor:
     config = LlamaConfig(
         vocab_size=50,
         hidden_size=16,
@@ -48,12 +47,49 @@ def test_a_round_serves_everything(depth: int, recorded: bool) -> None:
         num_attention_heads=2,
         max_position_embeddings=64,
     )
-    executor = TorchExecutor(Decoder(AutoModelForCausalLM.from_config(config).eval(), "tiny"), 2048 + 16)
+    return TorchExecutor(Decoder(AutoModelForCausalLM.from_config(config).eval(), "tiny"), 2048 + 16)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_round_serves_everything(depth: int, recorded: bool) -> None:
+    executor = tiny()
     requests = [Request(i, 0.0, [3] * 5, 4 + i) for i in range(3)]
     case = cases.Case("tiny", lambda: requests, "2064")
     one = cases.serve(case, executor, requests, depth, recorded)
     assert (one.output_tokens, one.steps, one.preemptions) == (4 + 5 + 6, 6, 0)
     assert one.seconds > 0
+
+
+def test_a_profile_by_kind() -> None:
+    spans = [
+        Span("attention_kernel", 0, 40),
+        Span("nvjet_tst_128x64", 40, 50),
+        Span("void gemvx::kernel", 60, 70),
+        Span("norm_kernel", 65, 75),
+        Span("Memcpy HtoD", 90, 92),
+        Span("elementwise", 92, 93),
+    ]
+    found = by_kind(spans, steps=2)
+    assert list(found) == ["attention", "matrix products", "norm", "copies", "others"]
+    assert found["attention"] == (0.5, 20.0)
+    assert found["matrix products"] == (1.0, 10.0)
+    assert busy_us(spans) == 50 + 15 + 3
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_watched_steps(depth: int) -> None:
+    """The profiler runs over so many steps, the run ends behind them, and the executor is as it was."""
+    executor = tiny()
+    requests = [Request(i, 0.0, [3] * 5, 40) for i in range(3)]
+    watch = Watch(executor, first=4, steps=10)
+    one = cases.serve(cases.Case("tiny", lambda: requests, "2064"), executor, requests, depth, False, watch.after)
+    assert one.steps == 14
+    found = watch.found()
+    assert 0 < found["host_us"] < found["step_us"] == pytest.approx(1e5 * watch.seconds)
+    assert found["kinds"] == ({} if not torch.cuda.is_available() else found["kinds"])
+    assert cases.serve(cases.Case("tiny", lambda: requests, "2064"), executor, requests, depth, False).steps == 40
+    assert "collect" not in vars(executor)
 
 
 def test_what_cannot_be_measured_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

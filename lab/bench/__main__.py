@@ -16,6 +16,7 @@ import kernels.bench
 import lab.bench
 from lab.bench import regress
 from lab.bench.cases import CASES
+from lab.bench.profile import steps_of
 from lab.bench.workloads import Rows, first_token, laptop, startup, step, throughput
 from lab.command import Parser, status
 from lab.core import InputError, unknown
@@ -36,8 +37,10 @@ def _main(arguments: list[str]) -> int:
     parser = Parser(
         prog="python -m lab.bench", description=lab.bench.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["throughput", "step", "startup", "laptop", "kernels", "first-token", *REGRESS])
-    parser.add_argument("cases", nargs="*", metavar="CASE", help="of throughput: " + ", ".join(CASES))
+    parser.add_argument(
+        "what", choices=["throughput", "step", "profile", "startup", "laptop", "kernels", "first-token", *REGRESS]
+    )
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="of throughput and profile: " + ", ".join(CASES))
     parser.add_argument("--rounds", type=int, default=5, help="of each case; every second one is recorded")
     parser.add_argument("--depth", type=int, choices=(0, 1), default=1, help="steps that run while the next is planned")
     parser.add_argument("--device", default="cuda")
@@ -82,6 +85,8 @@ def _measure(args: argparse.Namespace) -> Rows:
             raise InputError(unknown("case", name, CASES))
     if args.what == "throughput":
         return throughput(args.cases or list(CASES), args.rounds, args.depth, args.device)
+    if args.what == "profile":
+        return steps_of(args.cases or ["qwen3-0.6b", "opt-13b"], args.depth, args.device)
     return step(args.device) if args.what == "step" else startup(args.device)
 
 

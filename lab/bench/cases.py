@@ -74,8 +74,15 @@ class Round:
     recorded: bool
 
 
-def serve(case: Case, executor: TorchExecutor, requests: list[Request], depth: int, recorded: bool) -> Round:
-    """All requests of a case, through policies of their own."""
+def serve(
+    case: Case,
+    executor: TorchExecutor,
+    requests: list[Request],
+    depth: int,
+    recorded: bool,
+    after: Callable[[int], bool] = lambda step: True,
+) -> Round:
+    """All requests of a case, through policies of their own; `after` each step, is it to go on?"""
     limits = Limits(tokens=case.tokens)
     allocator = ALLOCATORS.get(case.allocator)(executor.cache.num_blocks * executor.block, executor.block, limits)
     scheduler = SCHEDULERS.get(case.scheduler)(allocator, limits, batch=8, watermark=case.watermark)
@@ -85,7 +92,7 @@ def serve(case: Case, executor: TorchExecutor, requests: list[Request], depth: i
     def go_on() -> bool:
         nonlocal steps
         steps += 1
-        return True
+        return after(steps)
 
     executor.reset_clock()
     with Recorder(None, {}) if recorded else nullcontext() as recorder:

@@ -3,7 +3,7 @@
 from lab.plot.blocks import pool_map
 from lab.plot.charts import bars, heat, lines
 from lab.plot.memory import CATEGORIES, agreement, fragmentation, memory_over_time
-from lab.plot.roofline import roofline
+from lab.plot.roofline import attention_marks, roofline
 from lab.plot.style import POLICIES, save, style
 from lab.plot.timeline import timeline
 
@@ -11,6 +11,7 @@ __all__ = [
     "CATEGORIES",
     "POLICIES",
     "agreement",
+    "attention_marks",
     "bars",
     "fragmentation",
     "heat",

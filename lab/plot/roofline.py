@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
@@ -50,3 +52,24 @@ def roofline(work: pd.DataFrame, bytes_per_s: float, flops: float, title: str, s
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         axes.set_title(setting, loc="left", fontsize=9, color=INK)
     return figure
+
+
+def attention_marks(bench: pd.DataFrame) -> pd.DataFrame:
+    """Rows for `roofline` of what `kernels.bench` measured of attention: bfloat16, heads of 128 numbers.
+
+    Intensity needs both counts. The bench notes the one that limits; the other follows from the shape, as
+    "64 x 32/8 x 1024": rows x query heads / KV heads x keys.
+    """
+    marks = []
+    for row in bench[bench["name"].str.contains("attention")].to_dict("records"):
+        shape = re.match(r"(\d+) x (\d+)/(\d+) x ~?(\d+)", row["shape"])
+        assert shape is not None, row["shape"]
+        rows, heads, kv_heads, length = map(int, shape.groups())
+        queries = 4 * rows * heads * 128  # bytes of the queries and of the results
+        if row["name"] == "decode attention":
+            keys = (row["bytes"] - queries) / (4 * kv_heads * 128)  # of all rows together
+            counts = {"operations": 4 * heads * 128 * keys, "bytes": row["bytes"]}
+        else:
+            counts = {"operations": row["operations"], "bytes": length * (queries + 4 * rows * kv_heads * 128)}
+        marks.append({"kernel": row["variant"], **counts, "seconds": row["us"] / 1e6})
+    return pd.DataFrame(marks)

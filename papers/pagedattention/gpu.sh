@@ -6,7 +6,7 @@
 #   tests        kernels against float64 and against torch's attention, the engine's texts with captured steps
 #   tune         the fastest configurations of attention for this GPU: into kernels/tuned.json, and a copy in FOLDER
 #   bench        timings of the kernels, with the two floors measured on the spot
-#   throughput, step, startup   whole workloads, one step, the time to start (python -m lab.bench)
+#   throughput, step, profile, startup   whole workloads, one step, where its time goes, the start (python -m lab.bench)
 #   quick        figure 2 over 300 steps: does it run at all
 #   an experiment by its name (options: ./together.py): fragmentation, clock, indirection, preemption, blocksize, factorial,
 #   capacity, growth, gap, systems, fidelity
@@ -18,7 +18,7 @@
 set -uo pipefail
 out=${1:?give a folder for the results}
 shift
-parts=" tests tune bench throughput step startup quick fragmentation clock indirection preemption blocksize factorial capacity growth gap systems fidelity "
+parts=" tests tune bench throughput step profile startup quick fragmentation clock indirection preemption blocksize factorial capacity growth gap systems fidelity "
 for part in "$@"; do
   [[ "$parts" == *" $part "* ]] || { echo "part $part is unknown: give some of$parts"; exit 2; }
 done
@@ -35,7 +35,7 @@ for part in "$@"; do
       ;;
     tune) python3 -m kernels.tune 2>&1 && cp kernels/tuned.json "$out" ;;
     bench) python3 -m kernels.bench --out "$results" 2>&1 ;;
-    throughput | step | startup) python3 -m lab.bench "$part" --rounds 3 --out "$results" 2>&1 ;;
+    throughput | step | profile | startup) python3 -m lab.bench "$part" --rounds 3 --out "$results" 2>&1 ;;
     quick) python3 -m lab.experiment fragmentation --quick --out results/gpu-quick 2>&1 ;;
     *) timeout --kill-after=30 "${SECONDS_FOR_A_PART:-540}" \
       python3 -m lab.experiment "$part" $(python3 papers/pagedattention/together.py --options "$part") ${MORE:-} \
