@@ -9,15 +9,17 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from lab.serve.api import routes
 from lab.serve.client import DEAD, Client
 from lab.serve.errors import ApiError, documented, handle_errors
 from lab.serve.guard import Guard
+from lab.view import live_page
 
 VERSION = version("kvlab")
+FRESH = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 
 def application(client: Client, model: str, policies: dict[str, Any], api_key: str | None = None) -> FastAPI:
@@ -77,5 +79,19 @@ def application(client: Client, model: str, policies: dict[str, Any], api_key: s
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(client.metrics.page(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/watch", include_in_schema=False)
+    async def watch() -> Response:
+        """A page that follows what happens in memory."""
+        hardware = client.ready.hardware if client.ready else ""
+        about = {**policies, "model": model, "hardware": hardware, "changes": "/watch/changes"}
+        return HTMLResponse(live_page(about), headers=FRESH)
+
+    @app.get("/watch/changes", include_in_schema=False)
+    async def changes() -> Response:
+        """What that page is told: server-sent events, without end."""
+        client.check_serving()
+        client.audience.check_room()
+        return StreamingResponse(client.audience.events(client.over), media_type="text/event-stream", headers=FRESH)
 
     return app
