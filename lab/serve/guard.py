@@ -45,12 +45,11 @@ class Guard:
         """Compared in a time that says nothing about the key. A browser asks for a password, and sends it as Basic."""
         assert self.api_key is not None
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = key.strip().encode()
+        given, known = key.strip().encode(), scheme.lower() == "bearer"
         if _is_page(scope) and scheme.lower() == "basic":
             with suppress(ValueError):
-                given = base64.b64decode(given, validate=True).partition(b":")[2]
-            return hmac.compare_digest(given, self.api_key)
-        return hmac.compare_digest(given, self.api_key) and scheme.lower() == "bearer"
+                given, known = base64.b64decode(given, validate=True).partition(b":")[2], True
+        return hmac.compare_digest(given, self.api_key) and known
 
     def _limited(self, receive: Receive, announced: int) -> Receive:
         read = 0
