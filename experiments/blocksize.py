@@ -26,6 +26,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from experiments.fragmentation import window
 from lab import latency, metrics, plot
@@ -46,6 +47,8 @@ POINTS = 2.0  # tolerance of token states
 NEAR = 1.10  # times the lowest latency: as good as the best
 MUCH = 1.5  # times the latency of 16: "much worse"
 ABOUT = 1.25  # times the latency of 16: read off a figure, the same
+ROUNDING = Line2D([], [], color=GREY, linestyle=":", label="rounding: the rest of the last block of each")
+REPLAYED = Line2D([], [], color=GREY, marker="x", markersize=8, linestyle="", label="replay of the authors' trace")
 READABLE_S = 0.5  # s per token: what can be told apart on an axis up to 17.5, as the figure has
 
 
@@ -159,6 +162,8 @@ def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def figure(rows: pd.DataFrame, header: Mapping[str, Any]) -> Figure:
     side = ": the virtual clock shows the cost of large blocks only" if _virtual(rows) else ""
+    loads = list(dict.fromkeys(rows["load"]))
+    replayed = [REPLAYED] if REPLAY_LOAD in loads else []
     drawn = plot.lines(
         rows,
         {**header, "workload": " and ".join(dict.fromkeys(rows["workload"]))},
@@ -168,8 +173,8 @@ def figure(rows: pd.DataFrame, header: Mapping[str, Any]) -> Figure:
         panels="load",
         xlabel="tokens per block",
         log="x",
+        also=[ROUNDING, *replayed],
     )
-    loads = list(dict.fromkeys(rows["load"]))
     for load, above, below in zip(loads, drawn.axes, drawn.axes[len(loads) :], strict=False):
         _annotate(above, below, load, rows[rows["load"] == load])
     return drawn
@@ -296,8 +301,5 @@ def _annotate(above: Axes, below: Axes, load: str, rows: pd.DataFrame) -> None:
     for system, own in rows.groupby("system", sort=False):
         lost = own.groupby("block")["rounding"].mean()
         below.plot(lost.index, lost, linestyle=":", color=style(str(system))["color"], linewidth=1.4)
-    note = "dotted: rounding, the rest of the last block of each"
     if load == REPLAY_LOAD:
         below.plot(list(REPLAY), list(REPLAY.values()), "x", color=GREY, markersize=8)
-        note = "x: replay of the authors' trace"
-    below.annotate(note, (0.03, 0.3), xycoords="axes fraction", fontsize=7.5)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from textwrap import fill
 from typing import Any, NamedTuple
@@ -29,8 +30,9 @@ from lab import latency, metrics
 from lab.core import InputError
 from lab.executors.simulated import FittedCost
 from lab.harness import Claim
+from lab.measured import Once, Row
 from lab.options import Options
-from lab.plot.style import BLACK, BLUE, FONT, GREEN, GREY, ORANGE, PURPLE, VERMILION, entitle, seeds_of
+from lab.plot.style import BAND, BLACK, BLUE, FONT, GREEN, GREY, ORANGE, PURPLE, VERMILION, entitle, legend, seeds_of
 from lab.record import Record
 from lab.run import Run, carry_out, real
 from lab.systems import label
@@ -101,24 +103,25 @@ def row(run: Run, record: Record) -> dict[str, Any]:
     return {"clock": "measured", **_identity(run), **_measures(record), "compiling_s": compiling_s}
 
 
-def measure(options: Options, places: Mapping[Run, Path]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def measure(options: Options, places: Mapping[Run, Path], once: Once) -> tuple[list[Row], dict[str, Any]]:
     """The same points on the virtual clock at the pace of the calibration runs, which have been carried out."""
     calibration, held_out = _points(options)
     fit = FittedCost.fit([step for run in calibration for step in measured_steps(Record.load(places[run]))])
     pace = write_pace(fit, options.out / "fidelity", Record.load(places[calibration[0]]))
-    rows, knees = [], dict[Run, float]()
-    for run in calibration + held_out:
+    knee = cache(lambda run: _knee(carry_out(run, None).record()))
+
+    def predict(run: Run) -> list[Row]:
         record = Record.load(places[run])
         twin = twin_of(run, record, pace)
         predicted = carry_out(twin, None).record()
         assert _asked(predicted).equals(_asked(record)), "both clocks serve the same requests"
         at_once = replace(twin, arrivals="all", rate=None, duration_s=None, count=AT_ONCE)
-        if at_once not in knees:
-            knees[at_once] = _knee(carry_out(at_once, None).record())
-        found = {"part": CALIBRATION if run in calibration else HELD_OUT, "load": (run.rate or np.nan) / knees[at_once]}
+        found = {"part": CALIBRATION if run in calibration else HELD_OUT, "load": (run.rate or np.nan) / knee(at_once)}
         found |= {"fit_steps": fit.steps, "fit_error": 100 * fit.error}
-        rows.append({"clock": "simulated", **_identity(run), **found, **_measures(predicted)})
-    return rows, {}
+        return [{"clock": "simulated", **_identity(run), **found, **_measures(predicted)}]
+
+    points = {run: {"record": places[run].name, "pace": pace.name} for run in calibration + held_out}
+    return [row for run, point in points.items() for row in once(point, partial(predict, run))], {}
 
 
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -154,7 +157,7 @@ def figure(rows: pd.DataFrame, header: Mapping[str, Any]) -> Figure:
         figure = Figure(figsize=(2.4 + 1.1 * sum(widths), 5.0), layout="constrained")
         row = figure.subplots(1, len(parts), sharey=True, squeeze=False, width_ratios=widths)[0]
         for axes, (part, own) in zip(row, parts.items(), strict=True):
-            axes.axhspan(-PER_CENT, PER_CENT, color="#F2F2F2", zorder=0)
+            band = axes.axhspan(-PER_CENT, PER_CENT, color=BAND, zorder=0)
             axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
             for i, (key, (title, color, marker)) in enumerate(MEASURES.items()):
                 x = pd.factorize(own["point"])[0] + 0.11 * (i - (len(MEASURES) - 1) / 2)
@@ -172,7 +175,8 @@ def figure(rows: pd.DataFrame, header: Mapping[str, Any]) -> Figure:
         row[0].set_ylim(-largest, largest)
         row[0].set_yticks([s * tick for tick in (0, 2, 5, 10, 20, 50, 100, 200) for s in (-1, 1) if tick <= largest])
         row[0].yaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
-        figure.legend(*row[0].get_legend_handles_labels(), loc="outside lower left", ncols=6, frameon=False, fontsize=8)
+        handles, labels = row[0].get_legend_handles_labels()
+        legend(figure, [*handles, band], [*labels, f"±{PER_CENT:g} %, as claimed"])
         entitle(figure, row[0], "How wrong the virtual clock is", header, seeds_of(rows["seed"]))
     return figure
 

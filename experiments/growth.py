@@ -32,7 +32,7 @@ from lab.core import InputError
 from lab.harness import Claim
 from lab.latency import during
 from lab.options import Options
-from lab.plot.style import FONT, GREY, entitle, seeds_of, style
+from lab.plot.style import FONT, GREY, HALO, entitle, seeds_of, style
 from lab.record import Record
 from lab.run import Run
 from lab.shapes import shape
@@ -274,8 +274,8 @@ def _lines(axes: Axes, rows: pd.DataFrame) -> None:
             hollow: Any = {"marker": look["marker"], "markeredgecolor": look["color"], "markerfacecolor": "white"}
             axes.plot(PAPER[system], ceiling, linestyle="none", markersize=8, zorder=3, **hollow)
         text = "large: where memory is full; hollow: the paper's batches (figure 13a)"
-        axes.annotate(text, (0.99, 0.12), xycoords="axes fraction", ha="right", fontsize=7.5, color=GREY)
+        axes.annotate(text, (0.99, 0.14), xycoords="axes fraction", ha="right", fontsize=7.5, color=GREY)
     for text, height in lines.items():
         axes.axhline(height, color=GREY, linewidth=0.8, linestyle="--", zorder=0)
-        at = (0.99, height + 0.1)
-        axes.annotate(text, at, xycoords=("axes fraction", "data"), ha="right", fontsize=7.5, color=GREY)
+        small: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7.5, "color": GREY, "path_effects": HALO}
+        axes.annotate(text, (0.99, height), (0, 3), ("axes fraction", "data"), ha="right", va="bottom", **small)

@@ -19,7 +19,7 @@ import importlib
 import itertools
 import platform
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 from lab import plot
 from lab.core import InputError
 from lab.harness import Claim
+from lab.measured import Once, Row
 from lab.options import Options
 from lab.record import Record, describe
 from lab.run import Run
@@ -64,7 +65,7 @@ def runs(options: Options) -> list[Run]:
     return []
 
 
-def measure(options: Options, places: Mapping[Run, Path]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def measure(options: Options, places: Mapping[Run, Path], once: Once) -> tuple[list[Row], dict[str, Any]]:
     """A row for each variant, batch, context, block size and seed."""
     bench, timing, device, heads = _bench(), _bench("timing"), _device(options), _heads(options)
     cuda = device != "cpu"
@@ -72,20 +73,25 @@ def measure(options: Options, places: Mapping[Run, Path]) -> tuple[list[dict[str
     clock = partial(timing.median_us, repeats=30, flush_bytes=flush) if cuda else timing.wall_us
     clock = partial(clock, repeats=3) if options.quick else clock
     size, side = (2**31, 8192) if cuda else (2**28, 256)
-    floors, _ = timing.measure_floors(device, 2**24 if options.quick else size, side, clock)
+    floors = cache(partial(timing.measure_floors, device, 2**24 if options.quick else size, side, clock))
+    where = _where(bench, device)
+
+    def timed(own: Row) -> list[Row]:
+        bench.torch.manual_seed(own["seed"])
+        one = bench.Shape(own["batch"], heads.heads, heads.kv_heads, own["context"], heads.head_dim)
+        floor, _ = floors()  # measured in the same minutes
+        found = list(bench.bench_attention("decode", one, 1, floor, device, block=own["block"], clock=clock))
+        return [own | _row(m, floor.read) for m in found]
+
     rows = []
     for seed in options.seeds or ([0] if options.quick else [0, 1, 2]):
-        bench.torch.manual_seed(seed)
         for batch, context, block in _points(options, cuda):
-            one = bench.Shape(batch, heads.heads, heads.kv_heads, context, heads.head_dim)
+            own = {"seed": seed, "batch": batch, "context": context, "block": block, "kernels": cuda}
             try:
-                found = list(bench.bench_attention("decode", one, 1, floors, device, block=block, clock=clock))
+                point = own | {"where": where, "model": heads.name, "quick": options.quick}
+                rows += once(point, partial(timed, own))
             except bench.torch.OutOfMemoryError:
                 print(f"left out: {batch} sequences of {context} tokens do not fit {device}")
-                continue
-            own = {"seed": seed, "batch": batch, "context": context, "block": block, "kernels": cuda}
-            rows += [own | _row(m, floors.read) for m in found]
-    where = _where(bench, device)
     what = "decode attention" if cuda else "CPU reference path"
     named = {"model": heads.name, "workload": what, "hardware": where, "gpu": where if cuda else ""}
     return _with_overhead(rows), describe(**named, seed=0, simulated=False)

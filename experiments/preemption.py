@@ -19,8 +19,9 @@ transfer were chosen so that blocks of 1 take the figure's 135 ms, and its 140 T
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -35,6 +36,7 @@ from lab import latency, metrics
 from lab.allocators import moves
 from lab.core import Group, Plan, Request, SamplingParams
 from lab.harness import Claim
+from lab.measured import Once, Row
 from lab.options import Options
 from lab.plot.style import FONT, GREY, entitle, seeds_of, style
 from lab.record import Record, describe
@@ -101,21 +103,27 @@ def row(run: Run, record: Record) -> dict[str, Any]:
     }
 
 
-def measure(options: Options, places: Mapping[Run, Path]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """(a): a row per block size, seed and way, in milliseconds."""
+def measure(options: Options, places: Mapping[Run, Path], once: Once) -> tuple[list[Row], dict[str, Any]]:
+    """(a): a row per block size, seed and way, in milliseconds. A virtual clock's prices take no time to find."""
     base = options.apply(options.where(VIRTUAL, GPU, CPU))
     warm, timed = (1, 2) if options.quick else (WARM, TIMED)
-    rows = []
+    where = base.hardware if base.simulated else real().device_name(base.device)
+    rows: list[Row] = []
     for block in sizes_of(options, QUICK_BLOCKS if options.quick else BLOCKS):
         run = replace(base, block=block)
-        executor = executor_of(run, 2 * max(TOKENS, block))
+        executor = cache(partial(executor_of, run, 2 * max(TOKENS, block)))
         for seed in options.seeds or ([0] if options.quick else [0, 1, 2]):
             own = {"part": MICRO, "block": block, "seed": seed, "simulated": run.simulated, "model": run.model}
-            rows += [own | {"system": how, "how": how, **ms} for how, ms in _times(executor, run, seed, warm, timed)]
-    where = base.hardware if base.simulated else real().device_name(base.device)
+            point = own | {"where": where, "dtype": run.dtype, "warm": warm, "timed": timed}
+            work = partial(_measured, own, executor, run, warm, timed)
+            rows += work() if run.simulated else once(point, work)
     gpu = "" if base.simulated or base.device == "cpu" else where
     header = describe(model=base.model, workload=MICRO, seed=0, simulated=base.simulated, hardware=where, gpu=gpu)
     return rows, header
+
+
+def _measured(own: Row, executor: Callable[[], Any], run: Run, warm: int, timed: int) -> list[Row]:
+    return [own | {"system": how, "how": how, **ms} for how, ms in _times(executor(), run, own["seed"], warm, timed)]
 
 
 def _times(executor: Any, run: Run, seed: int, warm: int, timed: int) -> Iterator[tuple[str, dict[str, float]]]:
@@ -190,21 +198,21 @@ def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 def figure(rows: pd.DataFrame, header: Mapping[str, Any]) -> Figure:
     micro, served = rows[rows["part"] == MICRO], rows[rows["part"] == SERVED]
-    panels = [(f"(a) {TOKENS} tokens, out and in", micro, "ms", "ms")]
-    panels += [
-        (f"(b) {load}", own, "normalised_s", "s per output token") for load, own in served.groupby("load", sort=False)
-    ]
+    panels = [(f"(a) {TOKENS} tokens of K and V", micro, "ms", "time (ms): swapped out and in,\nor recomputed")]
+    unit = "latency (s per output token)"
+    panels += [(f"(b) {load}", own, "normalised_s", unit) for load, own in served.groupby("load", sort=False)]
     with mpl.rc_context(FONT):
-        drawn = Figure(figsize=(1 + 3.9 * len(panels), 4.0), layout="constrained")
-        grid = drawn.subplots(1, len(panels), squeeze=False)[0]
-        for axes, (title, own, column, unit) in zip(grid, panels, strict=True):
+        high = -(-len(panels) // 2)
+        drawn = Figure(figsize=(8.4, 1.0 + 3.2 * high), layout="constrained")
+        for i, (title, own, column, unit) in enumerate(panels):
+            axes = drawn.add_subplot(high, 2, i + 1)
             _panel(axes, own, column)
             axes.set_ylabel(unit)
             axes.annotate(title, (0.97, 0.98), xycoords="axes fraction", ha="right", va="top", fontsize=9)
-        handles, labels = grid[0].get_legend_handles_labels()
+        handles, labels = drawn.axes[0].get_legend_handles_labels()
         drawn.legend(handles, labels, loc="outside lower left", ncols=4, frameon=False, fontsize=8.5)
         what = "prices and times of a virtual clock" if rows["simulated"].any() else "measured"
-        entitle(drawn, grid[0], f"Recompute or swap, {what}", header, seeds_of(rows["seed"]))
+        entitle(drawn, drawn.axes[0], f"Recompute or swap, {what}", header, seeds_of(rows["seed"]))
     return drawn
 
 

@@ -231,7 +231,7 @@ def _seconds(axes: Axes, rows: pd.DataFrame, systems: list[str]) -> None:
         axes.errorbar(at, mean.loc[system], deviation.loc[system].fillna(0), color=INK, linewidth=0.9, linestyle="none")
     axes.set_xticks(range(len(LATENCIES)), list(LATENCIES.values()), fontsize=8)
     axes.set_yscale("log")
-    axes.set_ylabel("seconds")
+    axes.set_ylabel("latency (s)")
 
 
 def _memory(axes: Axes, rows: pd.DataFrame, systems: list[str]) -> None:

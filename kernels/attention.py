@@ -63,8 +63,7 @@ def attention_kernel(
 ):
     # -- which queries: a piece of one tile of the batch, and heads of one group; which keys --
     HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    # Neighbours read the same place: in a decode the heads of a row, in a prompt the tiles of a head.
-    # Long rows come first, and all splits of one before the next row's: none of theirs is left for the end.
+    # Neighbours read the same place: heads of a row, tiles of a head. All splits of a long row precede the next row.
     part, tile = tl.program_id(1 if TOKENS > 1 else 0), tl.program_id(0 if TOKENS > 1 else 2)
     split, splits = tl.program_id(2 if TOKENS > 1 else 1), tl.num_programs(2 if TOKENS > 1 else 1)
     place, kv_head = tile // PIECES, part // HEAD_TILES
@@ -73,12 +72,11 @@ def attention_kernel(
     at, stop = low, end
     if parts_ptr is not None:
         share = _share(end - low, share, splits, N)
-        at += split * share
-        stop = min(end, at + share)
+        at, stop = low + split * share, min(end, low + split * share + share)
     if (left <= 0) | ((at >= end) & (split > 0)):  # no queries in this piece, no keys for this split
         return
-    m = tl.arange(0, TOKENS * HEADS)  # rows of the tile are pairs (token, head)
-    head = part % HEAD_TILES * HEADS + m % HEADS  # [M] within the group
+    m = tl.arange(0, TOKENS * HEADS)  # rows of the tile are pairs (token, head); [M] heads within the group
+    head = part % HEAD_TILES * HEADS + m % HEADS
     live = (m // HEADS < left) & (head < GROUP)
     head += kv_head * GROUP
     token = (start + m // HEADS).to(tl.int64)

@@ -65,11 +65,21 @@ def _one(name: str, options: Options, fresh: bool, command: str) -> int:
     experiment = find(name)
     if (options.rates or options.thresholds) and not hasattr(experiment, "THRESHOLDS"):
         raise InputError(f"{name} looks for no sustained rate: leave --rates and --thresholds to capacity")
+    return perform(experiment, _checked(experiment, options), name, options, fresh, command)
+
+
+def _checked(experiment: Experiment, options: Options) -> list[Run]:
     make_room(options.out)
     runs = experiment.runs(options)
     for run in runs:
         check(run)
-    return perform(experiment, runs, name, options, fresh, command)
+    return runs
+
+
+def runs_of(arguments: list[str], out: Path) -> list[Run]:
+    """What `python -m lab.experiment` would carry out with these arguments; InputError where it would refuse."""
+    args = _parser().parse_args([*arguments, "--out", str(out)])
+    return _checked(find(args.name), _options(args))
 
 
 def _all(options: Options, fresh: bool, command: str) -> int:
@@ -143,8 +153,8 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="a small version, in seconds; claims about the paper's numbers are not judged",
     )
-    add("--fresh", action="store_true", help="run again what has finished before")
-    late = "begin no run later than this; the same command goes on with the others (exit status 3)"
+    add("--fresh", action="store_true", help="run and measure again what has finished before")
+    late = "begin no run and no measurement later than this; the same command goes on with the others (exit status 3)"
     add("--stop-after", dest="stop_after_s", type=float, default=math.inf, metavar="S", help=late)
     return parser
 

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,12 +21,14 @@ from tqdm import tqdm
 
 from lab import plot
 from lab.core import InputError
+from lab.measured import Once, Row, Stopped, machine_here, machine_of, plain
 from lab.options import Options
 from lab.processes import POLL_S, in_processes, warm_up
 from lab.record import Record
 from lab.run import Run, blame, carry_out, real
 from lab.systems import label
 
+MEASURED = "measured.jsonl"
 HEADER = "header.json"  # beside every result, as in every record
 STOPPED = 3  # exit status
 RECORD_BYTES = 16 << 20  # room to be had for each record before any work
@@ -44,7 +46,8 @@ class Experiment(Protocol):
     """What a file in `experiments/` defines; its docstring begins with the question.
 
     One that times something other than a run (a kernel, a transfer), or whose rows follow from several runs together,
-    also defines `measure(options, places)`: more rows, made now and in this process, and a header that says on what.
+    also defines `measure(options, places, once)`: more rows, made now and in this process, and a header that says on
+    what. What takes long goes point by point through `once`, which keeps it.
     """
 
     def runs(self, options: Options) -> list[Run]:
@@ -69,7 +72,7 @@ class Experiment(Protocol):
 def perform(experiment: Experiment, runs: list[Run], name: str, options: Options, fresh: bool, command: str) -> int:
     """Records go to `options.out`/runs, shared by all experiments; table, summary and figure to `options.out`/`name`.
 
-    Returns the exit status: 1 where a claim fails, 3 where runs are left. In a quick run no claim is judged.
+    Returns the exit status: 1 where a claim fails, 3 where something is left. In a quick run no claim is judged.
     """
     results = options.out
     places = {run: results / "runs" / run.key() for run in runs}
@@ -80,13 +83,44 @@ def perform(experiment: Experiment, runs: list[Run], name: str, options: Options
     make_room(results, len(missing))
     if len(wanted) > len(missing):
         print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are there already (--fresh runs them again)")
-    carry_out_all(missing, time.monotonic() + options.stop_after_s)
+    stop_s = time.monotonic() + options.stop_after_s
+    refuse_mixture({run: place for place, run in wanted.items() if run not in missing}, missing)
+    carry_out_all(missing, stop_s)
     left = sum(not place.exists() for place in wanted)
     if left:
-        there = f"{len(wanted) - left} of {len(wanted)} runs are there"
-        print(f"stopped after {options.stop_after_s:g} s: {there}, and the same command goes on with the others")
-        return STOPPED
-    return report(experiment, places, results / name, options, command)
+        return _stopped(options, f"{len(wanted) - left} of {len(wanted)} runs are there")
+    once = Once(results / name / MEASURED, experiment, stop_s, fresh)
+    try:
+        return report(experiment, places, once, results / name, options, command)
+    except Stopped:
+        return _stopped(options, f"{once.done} points are measured")
+
+
+def _stopped(options: Options, there: str) -> int:
+    print(f"stopped after {options.stop_after_s:g} s: {there}, and the same command goes on with the others")
+    return STOPPED
+
+
+def refuse_mixture(
+    places: Mapping[Run, Path], missing: Iterable[Run], measured_on: Mapping[str, Any] | None = None
+) -> None:
+    """InputError where what is in `places` was measured on several machines, or on another than the rest will be.
+
+    Simulated runs are of no machine: whose pace they keep is a setting.
+    """
+    found: dict[str, str] = {}
+    for run, place in places.items():
+        if not run.simulated:
+            with _unless_damaged(place):
+                found.setdefault(machine_of(Record.load(place).header), f"{place} was measured")
+    for device in {run.device for run in missing if not run.simulated}:
+        found.setdefault(machine_here(device), "the rest would be measured")
+    if measured_on and not measured_on["simulated"]:
+        found.setdefault(machine_of(measured_on), "the rest was measured")
+    if len(found) > 1:
+        (one, this), (other, that) = list(found.items())[:2]
+        rule = f"{this} on {one}, {that} on {other}"
+        raise InputError(f"{rule}: no table of two machines; measure all again with --fresh, or choose another --out")
 
 
 def make_room(results: Path, records: int = 0) -> None:
@@ -144,8 +178,10 @@ def carry_out_all(places: Mapping[Run, Path], stop_s: float = math.inf) -> None:
         raise
 
 
-def report(experiment: Experiment, places: Mapping[Run, Path], out: Path, options: Options, command: str) -> int:
-    rows, header = gather(experiment, places, options)
+def report(
+    experiment: Experiment, places: Mapping[Run, Path], once: Once, out: Path, options: Options, command: str
+) -> int:
+    rows, header = gather(experiment, places, once, options)
     header["command"] = command
     rows.attrs.update(block=header.get("block"), capacity=header.get("capacity"), thresholds=options.thresholds)
     tables = experiment.tables(rows)
@@ -159,9 +195,9 @@ def report(experiment: Experiment, places: Mapping[Run, Path], out: Path, option
         rows.to_csv(out / "rows.csv", index=False)
         next(iter(tables.values())).to_csv(out / "table.csv")
         drawn = experiment.figure(rows, header)
-        for stem, figure in (drawn if isinstance(drawn, dict) else {"figure": drawn}).items():
-            plot.save(figure, out / stem)
-        (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False, default=_plain) + "\n")
+        figures = drawn if isinstance(drawn, dict) else {"figure": drawn}
+        pictures = [plot.save(figure, out / stem)[0] for stem, figure in figures.items()]
+        (out / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False, default=plain) + "\n")
         (out / HEADER).write_text(json.dumps(header, indent=1) + "\n")
     print(f"\n{_setting(header)}")
     for title, table in tables.items():
@@ -169,7 +205,7 @@ def report(experiment: Experiment, places: Mapping[Run, Path], out: Path, option
     print()
     for claim in claims:
         print({True: "holds     ", False: "FAILS     ", None: "not judged"}[claim.holds], f"{claim.text}: {claim.seen}")
-    print(f"\nfigure   {out / 'figure.png'}\ntable    {out / 'table.csv'}")
+    print("\nfigure   " + "\n         ".join(map(str, pictures)) + f"\ntable    {out / 'table.csv'}")
     if places:
         print(f"records  {next(iter(places.values())).parent}\nfilm     {_film(places)}")
     return int(any(claim.holds is False for claim in claims))
@@ -185,22 +221,26 @@ def _film(places: Mapping[Run, Path]) -> str:
     return shlex.join(["python", "-m", "lab.view", *map(str, shown)])
 
 
-def gather(experiment: Experiment, places: Mapping[Run, Path], options: Options) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """A row per run, and what the experiment measures itself; the header of the first run, or of what was measured."""
+def gather(
+    experiment: Experiment, places: Mapping[Run, Path], once: Once, options: Options
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """A row per run, and what the experiment measures itself; the header of the first run, or of what was measured.
+
+    Raises InputError where not all of it was measured on one machine.
+    """
+    refuse_mixture(places, [])
     rows = [_row(experiment, run, place) for run, place in places.items()]
     header = dict(Record.load(next(iter(places.values()))).header) if places else {}
-    measure: Callable[[Options, Mapping[Run, Path]], tuple[list[dict[str, Any]], dict[str, Any]]] | None
+    measure: Callable[[Options, Mapping[Run, Path], Once], tuple[list[Row], dict[str, Any]]] | None
     measure = getattr(experiment, "measure", None)
     if measure is not None:
-        measured, measured_on = measure(options, places)
+        measured, measured_on = measure(options, places, once)
+        if once.found:
+            print(f"{once.found} points were measured before (--fresh measures them again)")
+        refuse_mixture(places, [], measured_on)
         rows += measured
         header = header or measured_on
     return pd.DataFrame(rows), header
-
-
-def _plain(value: Any) -> Any:
-    """Of a number or truth value of numpy's what JSON can hold."""
-    return value.item()
 
 
 @contextmanager
@@ -214,9 +254,14 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def _row(experiment: Experiment, run: Run, place: Path) -> dict[str, Any]:
+    with _unless_damaged(place), blame(run, lambda: "reading its record"):
+        return experiment.row(run, Record.load(place))
+
+
+@contextmanager
+def _unless_damaged(place: Path) -> Iterator[None]:
     try:
-        with blame(run, lambda: "reading its record"):
-            return experiment.row(run, Record.load(place))
+        yield
     except InputError as error:
         if str(place) not in str(error):
             raise

@@ -1,6 +1,15 @@
-"""One hypothesis profile for everybody: the same examples on every machine and run, and no deadline on slow ones."""
+"""One hypothesis profile for everybody: the same examples on every machine and run, and no deadline on slow ones.
 
+Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before anything imports Triton.
+"""
+
+import os
+
+import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile(
     "ci",

@@ -79,9 +79,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lab.options": {"lab.core", "lab.run", "lab.systems"},
     "lab.bench": POLICIES
     | {"lab.engine", "lab.executors.cache", "lab.executors.torch", "lab.models", "lab.pool", "lab.real", "lab.record"}
-    | {"lab.command", "lab.run", "lab.shapes", "kernels"},
+    | {"lab.command", "lab.plot", "lab.run", "lab.shapes", "kernels"},
     "lab.processes": {"lab.core", "lab.run"},
+    "lab.measured": {"lab.command", "lab.core", "lab.record", "lab.run", "lab.sources"},
     "lab.harness": {
+        "lab.measured",
         "lab.options",
         "lab.processes",
         "lab.core",
@@ -94,7 +96,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "experiments": POLICIES
     | {"lab.executors.simulated", "lab.hardware", "lab.shapes", "lab.workloads", "lab.record", "lab.run", "lab.harness"}
-    | {"lab.latency", "lab.metrics", "lab.plot", "lab.systems", "lab.check", "lab.options", "kernels"},
+    | {"lab.latency", "lab.metrics", "lab.plot", "lab.systems", "lab.check", "lab.options", "lab.measured", "kernels"},
     "lab.experiment": POLICIES
     | {
         "lab.command",

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -29,12 +30,15 @@ def lines(
     log: str = "",
     limits: Mapping[str, tuple[float, float]] | None = None,
     guides: Mapping[str, Mapping[str, float]] | None = None,
+    policies: Mapping[str, str] | None = None,
+    also: Seq[Artist] = (),
 ) -> Figure:
     """A curve per value of `by`: means over seeds, in a band of one standard deviation.
 
     `y` maps columns of `rows` to axis labels, a row of panels each; `panels` is a column whose every value gets a
     panel of its own. `log` holds "x", "y" or both; `limits` a y range by column; `guides` horizontal lines, by column
-    and label.
+    and label; `policies` the policy behind a value of `by` that is not called like it, whose look it has;
+    `also` what the legend must explain besides.
     """
     columns = list(dict.fromkeys(rows[panels])) if panels else [None]
     with mpl.rc_context(FONT):
@@ -45,7 +49,7 @@ def lines(
         for i, (column, label) in enumerate(y.items()):
             for j, value in enumerate(columns):
                 axes = grid[i][j]
-                _curves(axes, rows if value is None else rows[rows[panels] == value], x, column, by)
+                _curves(axes, rows if value is None else rows[rows[panels] == value], x, column, by, policies or {})
                 axes.set_ylabel(label if j == 0 else "")
                 axes.set_xlabel(xlabel or x if i == len(y) - 1 else "")
                 _scales(axes, log, (limits or {}).get(column))
@@ -54,7 +58,7 @@ def lines(
                     look: dict[str, Any] = {"ha": "right", "va": "top", "color": INK, "path_effects": HALO}
                     axes.annotate(str(value), (0.98, 0.97), xycoords="axes fraction", **look)
         handles, labels = _labelled(grid)
-        legend(figure, handles, labels)
+        legend(figure, [*handles, *also], [*labels, *(str(artist.get_label()) for artist in also)])
         entitle(figure, grid[0][0], title, header, seeds_of(rows["seed"]))
     return figure
 
@@ -69,16 +73,21 @@ def bars(
     ylabel: str,
     by: str = "system",
     paper: Mapping[tuple[Any, Any], float] | None = None,
+    paper_is: str = "paper",
+    policies: Mapping[str, str] | None = None,
     number: str = "{:.1f}",
 ) -> Figure:
     """Bars side by side: a group per value of `groups`, in it a bar per value of `by`, with the deviation over seeds.
 
-    `paper` has the paper's value by (group, by), drawn as a grey outline.
+    `paper` has the paper's value by (group, by), drawn as a grey outline, and `paper_is` what it is called. `policies`
+    is as in `lines`.
     """
     places, kinds = (list(dict.fromkeys(rows[column])) for column in (groups, by))
     width = 0.8 / len(kinds)
-    known = all(kind in POLICIES for kind in kinds)
-    colors = {k: style(str(k))["color"] if known else COLORS[i % len(COLORS)] for i, k in enumerate(kinds)}
+    named = [(policies or {}).get(kind, kind) for kind in kinds]
+    known = bool(policies) or all(name in POLICIES for name in named)
+    looks = [style(str(name))["color"] if known else COLORS[i % len(COLORS)] for i, name in enumerate(named)]
+    colors = dict(zip(kinds, looks, strict=True))
     mean, spread = (rows.groupby([groups, by])[y].agg(kind) for kind in ("mean", "std"))
     with mpl.rc_context(FONT):
         size = (max(5.6, 1.2 + 0.55 * len(places) * (len(kinds) + 0.6)), 4.4)
@@ -99,8 +108,8 @@ def bars(
                     axes.bar(at, theirs, width, color="none", edgecolor=GREY, linewidth=1.1, linestyle="--")
         handles, labels = axes.get_legend_handles_labels()
         if paper:
-            handles.append(Patch(facecolor="none", edgecolor=GREY, linestyle="--", label="paper"))
-            labels.append("paper")
+            handles.append(Patch(facecolor="none", edgecolor=GREY, linestyle="--", label=paper_is))
+            labels.append(paper_is)
         axes.set_xticks(range(len(places)), [str(place) for place in places])
         axes.set_ylabel(ylabel)
         axes.margins(y=0.12)
@@ -143,10 +152,10 @@ def heat(
     return figure
 
 
-def _curves(axes: Axes, rows: pd.DataFrame, x: str, y: str, by: str) -> None:
+def _curves(axes: Axes, rows: pd.DataFrame, x: str, y: str, by: str, policies: Mapping[str, str]) -> None:
     for name, own in rows.groupby(by, sort=False):
         points = own.groupby(x)[y].agg(["mean", "std"]).dropna(subset="mean")
-        look: dict[str, Any] = {**style(str(name)), "markersize": 5, "linewidth": 1.4}
+        look: dict[str, Any] = {**style(policies.get(str(name), str(name))), "markersize": 5, "linewidth": 1.4}
         axes.plot(points.index, points["mean"], label=str(name), **look)
         low, high = (points["mean"] + sign * points["std"].fillna(0) for sign in (-1, 1))
         axes.fill_between(points.index, low, high, color=look["color"], alpha=0.18, linewidth=0)

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from lab.core import InputError
-from lab.plot.style import BLUE, FONT, GREY, INK, MUTED, ORANGE, PURPLE, VERMILION, entitle, seeds_of, style
+from lab.plot.style import BAND, BLUE, FONT, GREY, INK, MUTED, ORANGE, PURPLE, VERMILION, entitle, seeds_of, style
 
 CATEGORIES = {  # from the bottom up: colour, hatch, what it is called
     "stored": (BLUE, "", "token states"),
@@ -70,22 +70,25 @@ def fragmentation(
 def agreement(rows: pd.DataFrame, header: Mapping[str, Any], shares: Seq[str], points: float) -> Figure:
     """A mark per run and category: share of the pool on the real clock (x), how far the virtual one is off (y).
 
-    The band is what is claimed: at most `points` percentage points.
+    The band is what is claimed: at most `points` percentage points. Pale categories have an edge.
     """
     names = rows["allocator"].unique()
-    colors = {share: INK if share == "free" else CATEGORIES[share][0] for share in shares}
+    looks: dict[str, Any] = {
+        share: {"facecolor": CATEGORIES[share][0], "edgecolor": INK if share in OTHERS else "none", "linewidth": 0.7}
+        for share in shares
+    }
     with mpl.rc_context(FONT):
         figure = Figure(figsize=(9.0, 4.4), layout="constrained")
         axes = figure.subplots()
-        axes.axhspan(-points, points, color="#F2F2F2", zorder=0)
+        band = axes.axhspan(-points, points, color=BAND, zorder=0, label=f"±{points:g} point, as claimed")
         axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
         for policy, runs in rows.groupby("allocator", sort=False):
-            for share, color in colors.items():
+            for share, look in looks.items():
                 real, virtual = runs[f"{share}_real"], runs[f"{share}_virtual"]
-                axes.scatter(real, virtual - real, marker=style(str(policy))["marker"], color=color, s=34)
+                axes.scatter(real, virtual - real, marker=style(str(policy))["marker"], s=34, **look)
         marks = [Line2D([], [], ls="", color=INK, marker=style(name)["marker"], label=name) for name in names]
-        patches = [Patch(color=color, label=CATEGORIES[share][2]) for share, color in colors.items()]
-        figure.legend(handles=[*marks, *patches], loc="outside right upper", fontsize=8, frameon=False)
+        patches = [Patch(**look, label=CATEGORIES[share][2]) for share, look in looks.items()]
+        figure.legend(handles=[*marks, *patches, band], loc="outside right upper", fontsize=8, frameon=False)
         axes.set_xlabel("share of the KV pool on the real clock (%)")
         axes.set_ylabel("virtual clock less real (points)")
         entitle(figure, axes, "How far to trust the virtual clock", header, seeds_of(rows["seed"]))

@@ -21,6 +21,7 @@ from lab.core import InputError
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 GREY, INK, MUTED = "#767676", "#222222", "#6E6E6E"  # all dark enough for small print
+BAND = "#E8E8E8"  # behind everything: what is claimed
 
 HALO = [withStroke(linewidth=2.5, foreground="white")]  # of text that a line may cross
 
@@ -41,6 +42,7 @@ POLICIES = {  # the systems that meet in most figures; any other policy gets the
     "tensorrt-llm": (PURPLE, "v"),
     "tensorrt-llm-utilisation": (PURPLE, "<"),
     "llama.cpp": (ORANGE, "p"),
+    "paged, reserved prefix": (PURPLE, "d"),
 }
 COLORS = [BLUE, VERMILION, ORANGE, GREEN, PURPLE, SKY, BLACK]
 MARKERS = ["X", "*", "<", ">", "p", "h", "d"]  # none of POLICIES, so that a stranger is never taken for one of them
@@ -97,12 +99,12 @@ def seeds_of(seeds: pd.Series) -> str:
 
 
 def entitle(figure: Figure, axes: Axes, text: str, header: Mapping[str, Any], drawn: str) -> None:
-    """The title, and below it, from the left edge of `axes` on, in what setting all of it was seen."""
-    room = int(14.5 * (figure.get_figwidth() - 0.8))  # letters, beside the labels of the axis
+    """The title, and below it in what setting all of it was seen."""
+    room = int(14.5 * (figure.get_figwidth() - 0.2))  # letters
     said = textwrap.wrap(f"{setting(header)}, {drawn}", room)
     title = figure.suptitle(text + "\n" * len(said), x=0.01, ha="left", fontsize=12, fontweight="bold", linespacing=1.1)
-    where: Any = ("axes fraction", title)  # its height is kept free by the lines of the title, its width by nothing
-    axes.annotate("\n".join(said), (0, 0), xycoords=where, va="bottom", fontsize=9, color=INK, in_layout=False)
+    where: Any = ("figure fraction", title)  # its height is kept free by the lines of the title, its width by nothing
+    axes.annotate("\n".join(said), (0.01, 0), xycoords=where, va="bottom", fontsize=9, color=INK, in_layout=False)
 
 
 def legend(figure: Figure, handles: Seq[Any], labels: Seq[str]) -> None:

@@ -8,9 +8,10 @@
 #   bench        timings of the kernels, with the two floors measured on the spot
 #   throughput, step, startup   whole workloads, one step, the time to start (python -m lab.bench)
 #   quick        figure 2 over 300 steps: does it run at all
-#   an experiment by its name (OPT-13B's shape, random weights, 12 GiB pool): fragmentation, clock, indirection, preemption,
-#   blocksize, factorial, capacity, growth, gap, systems, fidelity
+#   an experiment by its name (options: ./together.py): fragmentation, clock, indirection, preemption, blocksize, factorial,
+#   capacity, growth, gap, systems, fidelity
 #
+# Give together.py the experiments first, where there are several GPUs: it spreads the runs of all over them, so that none idles.
 # MORE="--stop-after 250" in the environment gives an experiment more options; a run of capacity takes up to seven minutes.
 # With several GPUs each carries out runs of its own. Results lie in results/gpu and, packed after every part with what was
 # printed, in FOLDER; from there papers/pagedattention/reproduce.sh --keep gpu results/gpu takes them into the pages.
@@ -21,18 +22,6 @@ parts=" tests tune bench throughput step startup quick fragmentation clock indir
 for part in "$@"; do
   [[ "$parts" == *" $part "* ]] || { echo "part $part is unknown: give some of$parts"; exit 2; }
 done
-reserving=contiguous-max,contiguous-oracle,contiguous-oracle-firstfit,paged-oracle,paged
-declare -A options=( # of an experiment that would take too long otherwise; fragmentation and clock find the GPU themselves
-  [indirection]="--device cuda"
-  [preemption]="--device cuda"
-  [blocksize]="--device cuda --seeds 0"
-  [factorial]="--device cuda --allocator $reserving --scheduler static,continuous --batch 2048 --seeds 0"
-  [capacity]="--device cuda --workload sharegpt --system vllm,orca-oracle,orca-max --duration 300 --seeds 0"
-  [growth]="--device cuda --seeds 0"
-  [gap]="--device cuda --seeds 0"
-  [systems]="--device cuda --seeds 0"
-  [fidelity]="--device cuda --seeds 0"
-)
 export PYTHONPATH=. HF_HUB_OFFLINE=1 # and KVLAB_REVISION where the copy has no .git
 results=results/gpu
 status=0
@@ -49,7 +38,8 @@ for part in "$@"; do
     throughput | step | startup) python3 -m lab.bench "$part" --rounds 3 --out "$results" 2>&1 ;;
     quick) python3 -m lab.experiment fragmentation --quick --out results/gpu-quick 2>&1 ;;
     *) timeout --kill-after=30 "${SECONDS_FOR_A_PART:-540}" \
-      python3 -m lab.experiment "$part" ${options[$part]:-} ${MORE:-} --out "$results" 2>&1 ;;
+      python3 -m lab.experiment "$part" $(python3 papers/pagedattention/together.py --options "$part") ${MORE:-} \
+      --out "$results" 2>&1 ;;
   esac | tee "$out/$part.txt" || { status=$?; echo "part $part ended with status $status" | tee -a "$out/$part.txt"; }
   rm -f "$out"/results.tgz.*
   tar -czf - -C "$results" . | split -b 15M - "$out/results.tgz." # cat results.tgz.* | tar -xz, to go on elsewhere

@@ -41,7 +41,7 @@ def test_it_runs_at_smoke_scale(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "CPU REFERENCE PATH, not the kernels: the real answer needs a GPU" in said
     assert said.count("not judged") == 2
     folder = tmp_path / "indirection"
-    names = {"table.csv", "rows.csv", "summary.json", "header.json", "figure.png", "figure.svg"}
+    names = {"table.csv", "rows.csv", "summary.json", "header.json", "figure.png", "figure.svg", "measured.jsonl"}
     assert {path.name for path in folder.iterdir()} == names
     rows = pd.read_csv(folder / "rows.csv")
     assert {"paged", "contiguous"} <= set(rows["system"])
@@ -55,6 +55,37 @@ def test_it_runs_at_smoke_scale(tmp_path: Path, capsys: pytest.CaptureFixture[st
     header = json.loads((folder / "header.json").read_text())
     assert not header["simulated"]
     assert "CPU" in header["hardware"]
+
+
+def test_interrupted_or_stopped_it_goes_on_with_what_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, timed = indirection._bench(), list[tuple[int, int]]()
+    really = bench.bench_attention
+
+    def counted(kind: str, one: Any, *more: Any, **how: Any) -> Any:
+        if len(timed) == 2 and not again:
+            raise KeyboardInterrupt
+        timed.append((one.sequences, one.length))
+        return really(kind, one, *more, **how)
+
+    monkeypatch.setattr(bench, "bench_attention", counted)
+    again, command = False, ["indirection", "--device", "cpu", "--quick", "--out", str(tmp_path)]
+    assert main([*command, "--stop-after", "1e-9"]) == 3
+    assert "0 points are measured, and the same command goes on" in capsys.readouterr().out
+    assert not timed
+    assert main(command) == 130
+    first = [json.loads(line) for line in (tmp_path / "indirection" / "measured.jsonl").read_text().splitlines()]
+    again = True
+    assert main(command) == 0
+    assert "2 points were measured before" in capsys.readouterr().out
+    assert len(timed) == len(set(timed)) == len(first) + 2 == 4
+    rows = pd.read_csv(tmp_path / "indirection" / "rows.csv")
+    kept = [row["us"] for point in first for row in point["rows"]]
+    assert list(rows["us"][: len(kept)]) == kept
+    assert rows.loc[rows["system"] == "paged", "overhead"].notna().all()
+    assert main([*command, "--fresh"]) == 0
+    assert len(timed) == 8
 
 
 def test_overhead_is_paired_and_beside_the_papers() -> None:

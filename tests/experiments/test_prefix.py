@@ -22,6 +22,7 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "not judged prefix of 341 tokens: 3.58x Orca (Oracle)" in out
     folder = tmp_path / "prefix"
+    assert f"figure   {folder / 'figure.png'}\n         {folder / 'cache.png'}\ntable    {folder / 'table.csv'}" in out
     assert {"figure.png", "cache.png", "rows.csv", "table.csv", "summary.json"} <= {p.name for p in folder.iterdir()}
     rows = pd.read_csv(folder / "rows.csv")
     reserved = rows[rows["prefix"] > 0].set_index(["prefix", "system"])
