@@ -389,7 +389,8 @@ def test_a_page_that_stays_open_keeps_some_minutes(browser: Browser, slow: Runni
     (() => { const live = new Live(player.live.about); live.begin({ first: 0, block: 8, blocks: 64, engine: 1 });
       let seen = 0;
       for (let i = 0; i < 20000; i++) {
-        const id = Math.floor(i / 10), time = i * 50000, frame = [i, time, time + 50000, 8, 0, 0, 0, 0, 504, 0, 1, 0, 1, 0];
+        const id = Math.floor(i / 10), time = i * 50000;
+        const frame = [i, time, time + 50000, 8, 0, 0, 0, 0, 504, 0, 1, 0, 1, 0];
         const message = { frames: [frame], requests: [], doing: [], tables: [], counts: [] };
         if (i % 10 == 0) {
           if (id) { message.tables.push([i, id - 1, 0, 0]); message.doing.push([id - 1, GONE, time]); }
