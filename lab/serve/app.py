@@ -84,7 +84,7 @@ def application(client: Client, model: str, policies: dict[str, Any], api_key: s
     async def watch() -> Response:
         """A page that follows what happens in memory."""
         hardware = client.ready.hardware if client.ready else ""
-        about = {**policies, "model": model, "hardware": hardware, "changes": "/watch/changes"}
+        about = {**policies, "model": model, "hardware": hardware, "changes": "watch/changes"}
         return HTMLResponse(live_page(about), headers=FRESH)
 
     @app.get("/watch/changes", include_in_schema=False)

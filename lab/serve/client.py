@@ -107,6 +107,7 @@ class Client:
         self._ended_s: deque[float] = deque(maxlen=64)
         self._outbox: queue.SimpleQueue[Submit | Cancel | Show | Stop] = queue.SimpleQueue()
         self.audience = Audience(self._outbox.put)
+        metrics.watchers.set_function(lambda: len(self.audience.queues))
         self._process: BaseProcess | None = None
         self._stopping = False
 

@@ -236,8 +236,10 @@ def test_no_prompt_and_no_key_is_told(tiny: tuple[str, Any], tmp_path: Path, llm
         thread.start()
         answer = server.post("completions", prompt=SECRET, max_tokens=40, temperature=0).json()
         assert answer["usage"]["completion_tokens"] > 5
+        assert server.metrics()["kvlab:watchers"] == 1
         done.set()
         thread.join()
+        server.until(lambda: server.metrics()["kvlab:watchers"] == 0, 5)
         assert '"tables":[[' in texts[0]
         everything = texts[0] + page.text + server.output
         assert not any(word in everything for word in (SECRET, "quick", "brown", KEY))
