@@ -49,6 +49,11 @@ class Line(NamedTuple):
         passed = step - self.step
         return self.computed + passed * self.grown, self.asked + passed * self.more, self.ended
 
+    def since(self, step: int) -> Line:
+        """The same, told from a later step on."""
+        computed, asked, _ = self.at(step)
+        return self._replace(step=step, computed=computed, asked=asked)
+
 
 class Camera:
     """Told what a recorder is told. Keeps the state that a film begins with, and what has not been sent."""
@@ -92,10 +97,9 @@ class Camera:
                 [step, *_name(s), 0, *(n for first, count, _ in held.runs for n in (first, count))]
                 for s, held in self.held.items()
             ],
-            "counts": [_row(s, line._replace(step=step, computed=computed, asked=asked))
-                       for s, line in self.lines.items() for computed, asked, _ in [line.at(step)]],
+            "counts": [_row(s, line.since(step)) for s, line in self.lines.items()],
             "frames": [self.frame] if self.frame[0] == step else [],
-        }  # fmt: skip
+        }
         pool = {"block": self.block, "blocks": self.blocks, "engine": os.getpid()}
         self.messages.append((watcher, _json({"first": step, **pool, **rows})))
 
