@@ -1,6 +1,6 @@
 """What serving over HTTP costs: tokens per second of the server at saturation, over those of `LLM.generate`.
 
-    OMP_NUM_THREADS=1 python tests/serve/overhead.py [--model smollm2] [--requests 48] [--tokens 16] [--rounds 5]
+    OMP_NUM_THREADS=1 python tests/serve/overhead.py [--model smollm2] [--requests 48] [--tokens 40] [--rounds 5]
 
 The same requests, greedy and not streamed, all at once, three times as many as memory holds, one thread for each side.
 Both take turns in one run, so that what else the machine does falls on both; the claim is about the median of the
@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The server's throughput over that of generate.")
     add = parser.add_argument
     add("--model", default="smollm2")
-    for name, default in (("requests", 48), ("tokens", 16), ("rounds", 5), ("kv-memory", 512)):
+    for name, default in (("requests", 48), ("tokens", 40), ("rounds", 5), ("kv-memory", 1024)):
         add(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     prompts = [f"{i} things to say about {SUBJECTS[i % len(SUBJECTS)]}, in order:" for i in range(args.requests)]
