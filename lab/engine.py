@@ -259,10 +259,7 @@ class Engine:
             if tokens[at - 1] == UNKNOWN:
                 at -= 1  # the other one is of the step after
             for sample in samples:
-                if at < len(tokens):
-                    tokens[at] = sample.token
-                else:
-                    tokens.append(sample.token)
+                tokens[at : at + 1] = (sample.token,)
                 at += 1
                 reason = self._reason(s, at, sample.token)
                 if self.on_token and self.on_token(s, sample, reason):

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -34,6 +34,7 @@ def application(client: Client, model: str, policies: dict[str, Any], api_key: s
     app = FastAPI(title="kvlab", version=VERSION, lifespan=lifespan)
     handle_errors(app)
     app.include_router(routes(client, model))
+    app.include_router(watching(client, {**policies, "model": model}))
     app.add_middleware(Guard, body=client.limits.body, api_key=api_key)
 
     def about() -> dict[str, Any]:
@@ -80,18 +81,25 @@ def application(client: Client, model: str, policies: dict[str, Any], api_key: s
     async def metrics() -> Response:
         return Response(client.metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/watch", include_in_schema=False)
+    return app
+
+
+def watching(client: Client, about: dict[str, Any]) -> APIRouter:
+    """The page on which one watches, and what it is told. `about`: the model, and the policies it runs under."""
+    pages = APIRouter()
+
+    @pages.get("/watch", include_in_schema=False)
     async def watch() -> Response:
         """A page that follows what happens in memory."""
         hardware = client.ready.hardware if client.ready else ""
-        about = {**policies, "model": model, "hardware": hardware, "changes": "watch/changes"}
-        return HTMLResponse(live_page(about), headers=FRESH)
+        page = live_page({**about, "hardware": hardware, "changes": "watch/changes"})
+        return HTMLResponse(page, headers=FRESH)
 
-    @app.get("/watch/changes", include_in_schema=False)
+    @pages.get("/watch/changes", include_in_schema=False)
     async def changes() -> Response:
         """What that page is told: server-sent events, without end."""
         client.check_serving()
         client.audience.check_room()
         return StreamingResponse(client.audience.events(client.over), media_type="text/event-stream", headers=FRESH)
 
-    return app
+    return pages
