@@ -206,17 +206,21 @@ class Answers:
 
     def _look(self, allocator: Allocator) -> None:
         """Who holds what after a step's launch."""
-        tables: dict[int, list[Seq[int]]] = {}  # of each request
-        for s, table in allocator.tables.items():
-            if job := self.jobs.get(s.group.request.id):  # None: it has ended, and its batch goes on
-                tables.setdefault(job.request.id, []).append(table)
-                job.lines[s.index].wasted = len(table) * allocator.block - s.computed
+        tables, jobs, block = allocator.tables, self.jobs, allocator.block
         idle = allocator.idle()
-        held = sum(map(len, allocator.tables.values())) * allocator.block
+        held = sum(map(len, tables.values())) * block
         several = held + idle.free + idle.cached != allocator.capacity  # does some block have several holders
-        holders = Counter(chain.from_iterable(allocator.tables.values())) if several else Counter()
-        for request, own in tables.items():
-            job = self.jobs[request]
-            blocks = set(chain.from_iterable(own)) if several else ()
-            job.blocks = max(job.blocks, len(blocks) or sum(map(len, own)))
-            job.shared = max(job.shared, sum(holders[b] > 1 for b in blocks))
+        own: dict[Job, list[Seq[int]]] = {}  # tables of a request that has more than one, or may share
+        for s, table in tables.items():  # of every sequence, in every step
+            if job := jobs.get(s.group.request.id):  # None: it has ended, and its batch goes on
+                length = len(table)
+                job.lines[s.index].wasted = length * block - s.computed
+                if several or len(job.lines) > 1:
+                    own.setdefault(job, []).append(table)
+                elif length > job.blocks:
+                    job.blocks = length
+        shared = {b for b, n in Counter(chain.from_iterable(tables.values())).items() if n > 1} if several else set()
+        for job, mine in own.items():
+            blocks = set(chain.from_iterable(mine))
+            job.blocks = max(job.blocks, len(blocks))
+            job.shared = max(job.shared, len(blocks & shared))

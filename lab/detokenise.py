@@ -65,6 +65,10 @@ class Text:
 
     def _give(self, piece: str) -> str:
         """All of it but what belongs to a stop string, or may. A stop string can begin only in what was held."""
+        if not self.stop:
+            if piece:
+                self._pieces.append(piece)
+            return piece
         text = self._held + piece
         found = [at for at in (text.find(stop) for stop in self.stop) if at >= 0]
         if found:

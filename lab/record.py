@@ -42,7 +42,7 @@ class Recorder:
         self._rows: dict[str, list[tuple[Any, ...]]] = {name: [] for name in ("steps", "events", "tenures", "requests")}
         self._samples = Columns("niinb")
         self._tokens = Columns("if")
-        self._open: dict[Sequence, _Held] = {}
+        self._open: dict[Sequence, Held] = {}
         self._unfinished: dict[int, tuple[Request, dict[int, int]]] = {}  # with the tokens of its outputs that ended
         self._holders: list[Sequence] = []
         self._num_live = 0
@@ -216,7 +216,7 @@ class Recorder:
         for s, table, length in zip(holders, tables, lengths, strict=True):
             was = self._open.get(s)
             if was is None:
-                was = self._open[s] = _Held(table)
+                was = self._open[s] = Held(table)
             elif was.table is table and was.length == length:
                 continue
             self._close(s, was.change(table, length, self.next_step))
@@ -260,7 +260,7 @@ def counted_before(tables: Iterable[Seq[int]]) -> list[int]:
 
 
 @dataclass(slots=True)
-class _Held:
+class Held:
     """The table of a sequence in memory: runs of consecutive blocks (first block, count, since step)."""
 
     table: Seq[int]

@@ -83,6 +83,13 @@ def page(films: Iterable[Film]) -> str:
     return PAGE.read_text(encoding="utf-8").replace("<!-- films -->", packed)
 
 
+def live_page(about: Mapping[str, Any]) -> str:
+    """The template for a server: instead of films, where what happens is told, as `about["changes"]`."""
+    live = f'<script type="application/json" class="live">{_json(about)}</script>'
+    text = PAGE.read_text(encoding="utf-8").replace("default-src 'none';", "default-src 'none'; connect-src 'self';")
+    return text.replace("<!-- films -->", live)
+
+
 def encode(film: Film) -> str:
     """Differences of each column as 32-bit numbers, one column after the other, gzip, base64."""
     steps = [np.diff(column, prepend=0).astype("<i4").tobytes() for column in film.columns.values()]

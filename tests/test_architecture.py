@@ -63,11 +63,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "lab.llm": POLICIES | {"lab.answers", "lab.engine", "lab.real", "lab.record"},
     "lab.generate": POLICIES | {"lab", "lab.answers", "lab.command", "lab.workloads"},
     "lab.serve.messages": {"lab.core", "lab.answers"},
-    "lab.serve.watch": POLICIES | {"lab.record", "lab.serve.messages"},
+    "lab.serve.camera": POLICIES | {"lab.engine", "lab.film", "lab.record", "lab.serve.messages"},
+    "lab.serve.watch": POLICIES | {"lab.engine", "lab.record", "lab.serve.camera", "lab.serve.messages"},
     "lab.serve.tokens": {"lab.core", "lab.detokenise", "lab.serve.messages"},
     "lab.serve.worker": {"lab", "lab.core", "lab.answers"}
     | {f"lab.serve.{m}" for m in ("messages", "tokens", "watch")},
-    "lab.serve": POLICIES | {"lab.answers", "lab.command"} | {"lab.serve.messages", "lab.serve.worker"},
+    "lab.serve": POLICIES | {"lab.answers", "lab.command", "lab.view"} | {"lab.serve.messages", "lab.serve.worker"},
     "lab.run": POLICIES
     | {"lab.engine", "lab.executors.simulated", "lab.executors.survival", "lab.hardware", "lab.shapes", "lab.pool"}
     | {"lab.real", "lab.record"}

@@ -76,10 +76,13 @@ class Paged(Allocator):
         if table is None:
             table = self.tables[s] = []
             self.asked[s] = 0
-        asked = self.ask(s.group.request, length) if length > self.asked[s] else self.asked[s]
+        asked, held = self.asked[s], len(table)
+        if length > asked:
+            asked = self.ask(s.group.request, length)
         first = s.computed // self.block  # the block about to be written
-        shared = first < len(table) and self.holders[table[first]] > 1
-        if blocks(asked, self.block) - len(table) + shared > self._available():
+        shared = first < held and self.holders[table[first]] > 1
+        more = asked > held * self.block  # most steps need none: this runs for every sequence of every step
+        if (more or shared) and blocks(asked, self.block) - held + shared > self._available():
             if not table:
                 self.release(s)
             return False
@@ -87,7 +90,10 @@ class Paged(Allocator):
             self._publish(s)
         if shared:
             self._copy_on_write(s, first)
-        self._append(s, asked)
+        if more:
+            self._append(s, asked)
+        else:
+            self.asked[s] = asked
         return True
 
     def fork(self, parent: Sequence, child: Sequence, length: int) -> bool:

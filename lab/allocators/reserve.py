@@ -60,6 +60,8 @@ RESERVE: dict[str, Reserve] = {
 def policy(name: str, limit: int) -> Callable[[Request, int], int]:
     """The policy called `name` for sequences of at most `limit` tokens; never less than what is there."""
     reserve = RESERVE[name]
+    if reserve is need:
+        return lambda request, length: length
     return lambda request, length: max(reserve(request, length, limit), length)
 
 

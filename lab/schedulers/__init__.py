@@ -193,10 +193,11 @@ class Scheduler:
         return total
 
     def _compute(self, s: Sequence, tokens: int, plan: Plan, budget: int) -> int | None:
-        tokens = min(tokens, budget)
-        if tokens and not self.allocator.extend(s, s.computed + tokens):
-            return None
+        if tokens > budget:
+            tokens = budget
         if tokens:
+            if not self.allocator.extend(s, s.computed + tokens):
+                return None
             plan.work[s] = tokens
         return tokens
 

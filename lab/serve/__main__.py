@@ -36,8 +36,9 @@ The server speaks OpenAI's API under http://HOST:PORT/v1 (completions, chat/comp
   client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="any")
 
 /metrics is for Prometheus, /health says whether the engine lives, /ready whether a request would be taken now, /docs
-what a request may say. Any allocator and scheduler serves, one of your own as module:Class, but for oracle and pow2,
-which would have to know how long an answer will be:
+what a request may say; /watch is a page that shows memory, batch and queue as they are now, in a browser. Any allocator
+and scheduler serves, one of your own as module:Class, but for oracle and pow2, which would have to know how long an
+answer will be:
 
   python -m lab.serve smollm2 --allocator contiguous-max --scheduler dynamic
 

@@ -8,16 +8,18 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import FastAPI
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi import APIRouter, FastAPI
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from lab.serve.api import routes
 from lab.serve.client import DEAD, Client
 from lab.serve.errors import ApiError, documented, handle_errors
 from lab.serve.guard import Guard
+from lab.view import live_page
 
 VERSION = version("kvlab")
+FRESH = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 
 def application(client: Client, model: str, policies: dict[str, Any], api_key: str | None = None) -> FastAPI:
@@ -32,6 +34,7 @@ def application(client: Client, model: str, policies: dict[str, Any], api_key: s
     app = FastAPI(title="kvlab", version=VERSION, lifespan=lifespan)
     handle_errors(app)
     app.include_router(routes(client, model))
+    app.include_router(watching(client, {**policies, "model": model}))
     app.add_middleware(Guard, body=client.limits.body, api_key=api_key)
 
     def about() -> dict[str, Any]:
@@ -79,3 +82,24 @@ def application(client: Client, model: str, policies: dict[str, Any], api_key: s
         return Response(client.metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
     return app
+
+
+def watching(client: Client, about: dict[str, Any]) -> APIRouter:
+    """The page on which one watches, and what it is told. `about`: the model, and the policies it runs under."""
+    pages = APIRouter()
+
+    @pages.get("/watch", include_in_schema=False)
+    async def watch() -> Response:
+        """A page that follows what happens in memory."""
+        hardware = client.ready.hardware if client.ready else ""
+        page = live_page({**about, "hardware": hardware, "changes": "watch/changes"})
+        return HTMLResponse(page, headers=FRESH)
+
+    @pages.get("/watch/changes", include_in_schema=False)
+    async def changes() -> Response:
+        """What that page is told: server-sent events, without end."""
+        client.check_serving()
+        client.audience.check_room()
+        return StreamingResponse(client.audience.events(client.over), media_type="text/event-stream", headers=FRESH)
+
+    return pages

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 from lab.core import SamplingParams
 from lab.serve import worker
+from lab.serve.audience import Audience
 from lab.serve.errors import ApiError
-from lab.serve.messages import Accepted, Answer, Broken, Cancel, Delta, Failed, News, Ready, Stop, Submit
+from lab.serve.messages import Accepted, Answer, Broken, Cancel, Delta, Failed, News, Ready, Show, Stop, Submit
 from lab.serve.metrics import Metrics
 
 DEAD = "the engine has died"
@@ -104,7 +105,9 @@ class Client:
         self.streams = 0
         self._keys = itertools.count()
         self._ended_s: deque[float] = deque(maxlen=64)
-        self._outbox: queue.SimpleQueue[Submit | Cancel | Stop] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[Submit | Cancel | Show | Stop] = queue.SimpleQueue()
+        self.audience = Audience(self._outbox.put)
+        metrics.watchers.set_function(lambda: len(self.audience.queues))
         self._process: BaseProcess | None = None
         self._stopping = False
 
@@ -158,6 +161,7 @@ class Client:
         else:
             self.queued.difference_update(message.started)
             self.metrics.take(message)
+            self.audience.take(message.film)
             for delta in message.deltas:
                 self._give(Delta._make(delta))
             for event in message.events:
@@ -216,6 +220,11 @@ class Client:
             raise ApiError(503, "the server is shutting down", "server_error", retry_after_s=5)
         if self.ready is None:
             raise ApiError(503, "the model is being loaded", "server_error", retry_after_s=5)
+
+    def over(self) -> str:
+        """Why there is nothing more to watch; empty while there is."""
+        ending = "the server is shutting down" if self.draining else ""
+        return DEAD if self.died else self.broken or ending
 
     def cancel(self, call: Call) -> None:
         """Give its memory back at once; whoever waits for it learns that it is over."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hmac
 import time
 from contextlib import suppress
@@ -31,18 +32,24 @@ class Guard:
             return await self.app(scope, receive, send)
         scope[RECEIVED] = time.perf_counter()
         headers = Headers(scope=scope)
-        if self.api_key is not None and scope["path"].startswith("/v1/") and not self._is_key(headers):
+        if self.api_key is not None and _is_kept(scope) and not self._is_key(scope, headers):
             said = "no valid API key: send the header 'Authorization: Bearer KEY' with the server's"
             response = ApiError(401, said, "authentication_error", code="invalid_api_key").response()
+            if _is_page(scope):
+                response.headers["www-authenticate"] = 'Basic realm="any name, and as password the API key"'
             return await response(scope, receive, send)
         announced = headers.get("content-length", "0")
         return await self.app(scope, self._limited(receive, int(announced) if announced.isdigit() else 0), send)
 
-    def _is_key(self, headers: Headers) -> bool:
-        """Compared in a time that says nothing about the key."""
+    def _is_key(self, scope: Scope, headers: Headers) -> bool:
+        """Compared in a time that says nothing about the key. A browser asks for a password, and sends it as Basic."""
         assert self.api_key is not None
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        return hmac.compare_digest(key.strip().encode(), self.api_key) and scheme.lower() == "bearer"
+        given, known = key.strip().encode(), scheme.lower() == "bearer"
+        if _is_page(scope) and scheme.lower() == "basic":
+            with suppress(ValueError):
+                given, known = base64.b64decode(given, validate=True).partition(b":")[2], True
+        return hmac.compare_digest(given, self.api_key) and known
 
     def _limited(self, receive: Receive, announced: int) -> Receive:
         read = 0
@@ -62,6 +69,16 @@ class Guard:
             raise HTTPException(413, f"a body of {size}: at most {self.body}: shorten it", {"connection": "close"})
 
         return limited
+
+
+def _is_page(scope: Scope) -> bool:
+    """One that a browser opens."""
+    return scope["path"] == "/watch" or scope["path"].startswith("/watch/")
+
+
+def _is_kept(scope: Scope) -> bool:
+    """Is it for those who have the key alone?"""
+    return scope["path"].startswith("/v1/") or _is_page(scope)
 
 
 async def _discard(receive: Receive) -> None:

@@ -28,6 +28,12 @@ class Cancel(NamedTuple):
     keys: tuple[int, ...]
 
 
+class Show(NamedTuple):
+    """To the engine: this watcher wants to see all that happens from now on; None: nobody does any more."""
+
+    watcher: int | None
+
+
 class Stop(NamedTuple):
     """To the engine: end at once."""
 
@@ -129,3 +135,4 @@ class News(NamedTuple):
     counts: Counts | None = None
     gauges: Gauges | None = None
     deltas: Seq[tuple[int, int, str, list[Score], str | None]] = ()
+    film: Seq[tuple[int | None, str]] = ()  # JSON for a watcher, or, with None, for all (see `lab.serve.camera`)

@@ -64,6 +64,7 @@ class Metrics:
         self._refused = {limit: refused.labels(model, limit) for limit in ("queue", "streams")}
 
         self.streams = named(Gauge, "kvlab:streams_open", "Streams that are being sent")
+        self.watchers = named(Gauge, "kvlab:watchers", "Pages of /watch that are open")
 
     def page(self) -> bytes:
         return generate_latest(self.registry)

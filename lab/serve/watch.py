@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping
 
 from lab.allocators import Allocator
 from lab.core import Group, Plan, Request, Sampled, Sequence
+from lab.engine import Engine
 from lab.record import counted_before
+from lab.serve.camera import Camera
 from lab.serve.messages import Counts, Gauges
 
 EVERY_S = 0.1  # between two looks at memory, which cost time for every sequence there is
@@ -20,6 +22,8 @@ class Watch:
     def __init__(self) -> None:
         self.started: list[int] = []  # ids of requests that were admitted for the first time
         self.gauges: Gauges | None = None
+        self.camera: Camera | None = None  # while somebody watches
+        self._steps = 0
         self._counts: Counter[str] = Counter()
         self._gaps: Counter[float] = Counter()
         self._last_s: dict[Sequence, float] = {}  # when each had its last token
@@ -31,18 +35,40 @@ class Watch:
         self._counts, self._gaps, self.started, self.gauges = Counter(), Counter(), [], None
         return started, Counts(gaps=dict(gaps), **{k: counts[k] for k in KEPT}) if counts else None, gauges
 
-    def failed(self) -> None:
-        """A step failed, and all that was in memory is gone."""
+    def show(self, engine: Engine, watcher: int | None) -> None:
+        """One more watches; None: nobody does."""
+        if watcher is None:
+            self.camera = None
+            return
+        if self.camera is None:
+            running = engine.scheduler.running
+            live, ended = ([s for g in running for s in g.live], [s for g in running for s in g.ended])
+            now = look(engine.allocator, live, ended, len(engine.scheduler.waiting))
+            self.camera = Camera(engine, self._steps, now)
+        self.camera.begin(watcher)
+
+    def film(self) -> list[tuple[int | None, str]]:
+        """What those who watch are to be told by now."""
+        return self.camera.take() if self.camera else []
+
+    def failed(self, time_s: float, lost: list[int]) -> None:
+        """A step failed, and all that was in memory is gone: these requests."""
         self._counts["failed_steps"] += 1
         self._last_s.clear()
+        if self.camera:
+            self.camera.failed(time_s, lost)
 
-    def idle(self, allocator: Allocator) -> None:
+    def idle(self, time_s: float, allocator: Allocator) -> None:
         """Nothing is in flight."""
         self.gauges = look(allocator, [], [], 0)
+        if self.camera:
+            self.camera.idle(time_s, allocator, self.gauges)
 
     # What the engine tells.
 
-    def arrived(self, time_s: float, request: Request) -> None: ...
+    def arrived(self, time_s: float, request: Request) -> None:
+        if self.camera:
+            self.camera.arrived(time_s, request)
 
     def refused(self, time_s: float, request: Request, reason: str) -> None: ...
 
@@ -65,9 +91,13 @@ class Watch:
                     self._counts["found"] += hit
         if plan.preempted:
             self._counts["preemptions"] += len(plan.preempted)
-        if (now := time.perf_counter()) >= self._looked_s + EVERY_S:
+        self._steps += 1
+        if (now := time.perf_counter()) >= self._looked_s + EVERY_S or self.camera:
             self._looked_s = now
-            self.gauges = look(allocator, list(live), list(ended), waiting)
+            live, ended = list(live), list(ended)
+            self.gauges = look(allocator, live, ended, waiting)
+            if self.camera:
+                self.camera.launched(time_s, plan, allocator, live, ended, self.gauges, host_tokens)
 
     def collected(self, start_s: float, end_s: float, sampled: Mapping[Sequence, list[Sampled]]) -> None:
         last_s, counts = self._last_s, self._counts
@@ -79,13 +109,19 @@ class Watch:
                 counts["prompt_tokens"] += len(s.group.request.prompt)
             last_s[s] = end_s
             counts["generated"] += len(tokens)
+        if self.camera:
+            self.camera.collected(start_s, end_s, sampled)
 
     def ended(self, time_s: float, s: Sequence, reason: str) -> None:
         self._last_s.pop(s, None)
+        if self.camera:
+            self.camera.ended(time_s, s)
 
     def cancelled(self, time_s: float, group: Group) -> None:
         for s in group.sequences:
             self._last_s.pop(s, None)
+        if self.camera:
+            self.camera.cancelled(time_s, group)
 
 
 KEPT = [name for name in Counts._fields if name != "gaps"]

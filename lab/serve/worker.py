@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import lab
 from lab.answers import Piece, Result
 from lab.core import InputError, Request
-from lab.serve.messages import Accepted, Answer, Broken, Cancel, Failed, News, Output, Ready, Stop, Submit
+from lab.serve.messages import Accepted, Answer, Broken, Cancel, Failed, News, Output, Ready, Show, Stop, Submit
 from lab.serve.tokens import Tokens
 from lab.serve.watch import Watch
 
@@ -66,7 +66,7 @@ class Worker:
         self.most = options.prompt_tokens
         self.tokens = Tokens(llm.tokenizer, llm.eos)
         self.watch = llm.answers.recorder = Watch()
-        self.inbox: deque[Prepared | Cancel] = deque()
+        self.inbox: deque[Prepared | Cancel | Show] = deque()
         self.open: set[int] = set()  # keys of the requests in flight
         self.done: deque[Result] = deque()
         self.pieces: deque[Piece] = deque()
@@ -80,7 +80,7 @@ class Worker:
         memory, limits = llm.scheduler.allocator, llm.scheduler.limits
         self.send(Ready(memory.capacity, memory.block, limits.length, str(llm.executor.device)))
         threading.Thread(target=self.listen, daemon=True).start()
-        self.watch.idle(memory)
+        self.watch.idle(llm.executor.now, memory)
         self.tell()
         while not self.stopping:
             self.take()
@@ -102,7 +102,7 @@ class Worker:
             patient = self.llm.executor.now < until_s
             worked = engine.step(more=patient, next_s=until_s if patient else math.inf)
             if not self.busy:
-                self.watch.idle(self.llm.scheduler.allocator)
+                self.watch.idle(self.llm.executor.now, self.llm.scheduler.allocator)
             self.tell()
             self.failures = 0 if worked else self.failures
         except Exception as error:
@@ -113,24 +113,28 @@ class Worker:
             self.recover(error)
 
     def recover(self, error: Exception) -> None:
-        self.watch.failed()
         going = self.llm.restart()
         ended = {result.index for result in self.done}
         lost = sorted(self.open - going - ended)
+        self.watch.failed(self.llm.executor.now, lost)
         for piece in _emptied(self.pieces):
             if piece.prompt not in lost:
                 self.pieces.append(piece)
         self.open.difference_update(lost)
         if not self.busy:
-            self.watch.idle(self.llm.scheduler.allocator)
+            self.watch.idle(self.llm.executor.now, self.llm.scheduler.allocator)
         print(f"a step failed; {len(lost)} requests were in it, {len(going)} go on", file=sys.stderr, flush=True)
         self.send(News([Failed(key, f"the step it was in failed: {type(error).__name__}") for key in lost]))
 
     def take(self) -> None:
         """Hand to the engine what has come."""
         while self.inbox:
-            self.heard_s = self.llm.executor.now
             item = self.inbox.popleft()
+            if isinstance(item, Show):
+                self.watch.show(self.llm.engine, item.watcher)
+                self.tell()
+                continue
+            self.heard_s = self.llm.executor.now
             if isinstance(item, Cancel):
                 for key in self.open.intersection(item.keys):
                     self.llm.engine.cancel(key)
@@ -156,7 +160,7 @@ class Worker:
         ]
         events: list[Accepted | Failed | Answer] = [self.answer(result) for result in done]
         self.open.difference_update(result.index for result in done)  # now: had that failed, they would be lost
-        news = News(events, *self.watch.take(), deltas)
+        news = News(events, *self.watch.take(), deltas, self.watch.film())
         if any(news):
             self.send(news)
 
