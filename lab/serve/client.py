@@ -179,6 +179,7 @@ class Client:
         self.died = not self.broken
         for key in list(self.calls):
             self._give(Failed(key, self.broken or DEAD))
+        self.metrics.gone()
         self.on_end()
 
     # ---- calls

@@ -39,6 +39,13 @@ def failing(capacity: int, block: int, limits: Limits) -> Allocator:
     return memory
 
 
+def faulty(capacity: int, block: int, limits: Limits) -> Allocator:
+    """Both: failing, and slow."""
+    memory = failing(capacity, block, limits)
+    slow(capacity, block, limits)
+    return memory
+
+
 def plant_failures(memory: Any) -> None:
     extend, launch, encode = memory.extend, _LAUNCH, _ENCODE
 
