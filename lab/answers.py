@@ -66,6 +66,7 @@ class Piece(NamedTuple):
     text: str  # may be empty: half a character, or what may be the beginning of a stop string
     logprobs: list[Sampled]  # of its token, where they were asked for
     reason: str | None  # stop or length, with the last
+    tokens: int  # of its output, so far
 
 
 @dataclass(slots=True)
@@ -76,6 +77,7 @@ class Line:
     logprobs: list[Sampled] = field(default_factory=list)
     reason: str = ""
     tokens: int = 0
+    drawn: int = 0  # of these, told by now: within a step they come first, and their time at its end
     first_s: float = math.nan
     last_s: float = math.nan
     wasted: int = 0
@@ -113,6 +115,7 @@ class Answers:
         """A token has come, the last one if there is a reason. Does its text end here, by a stop string?"""
         job = self.jobs[s.group.request.id]
         line = job.lines[s.index]
+        line.drawn += 1
         if job.request.sampling.logprobs:
             line.logprobs.append(sampled)
         piece = line.text.add(sampled.token) if reason != "stop" else ""
@@ -122,7 +125,8 @@ class Answers:
         if job.pieces is not None:
             logprobs = line.logprobs[-1:]
             if piece or logprobs or reason or stopped:
-                job.pieces.append(Piece(job.index, s.index, piece, logprobs, "stop" if stopped else reason))
+                reason = "stop" if stopped else reason
+                job.pieces.append(Piece(job.index, s.index, piece, logprobs, reason, line.drawn))
         return stopped
 
     def end(self, group: Group) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,8 +18,8 @@ from lab.serve.client import Client
 from lab.serve.errors import ApiError, documented
 from lab.serve.guard import RECEIVED
 from lab.serve.messages import Accepted, Answer, Delta
-from lab.serve.replies import ChatReply, Json, Reply, TextReply, usage
-from lab.serve.schemas import ChatRequest, CompletionRequest
+from lab.serve.replies import ChatReply, Json, Reply, TextReply, counts, usage
+from lab.serve.schemas import ChatRequest, CompletionRequest, StreamOptions
 
 DONE = b"data: [DONE]\n\n"
 ANSWERS: dict[int | str, dict[str, Any]] = {
@@ -61,6 +62,7 @@ class Generating:
             streamed=bool(body.stream),
             open_end=isinstance(body, ChatRequest) and body.length is None,
             echo=isinstance(body, CompletionRequest) and bool(body.echo),
+            forced=bool(body.ignore_eos),
         )
         form: type[Reply] = ChatReply if isinstance(body, ChatRequest) else TextReply
         self.reply = form(model, self.call.keys[0], params.n, body.alternatives)
@@ -89,19 +91,27 @@ class Generating:
 
     async def chunks(self, accepted: list[Accepted]) -> AsyncIterator[Json]:
         """Of a stream; errors in its middle are a chunk, too."""
-        options = self.body.stream_options
-        more: Json = {"usage": None} if options and options.include_usage else {}
+        options = self.body.stream_options or StreamOptions()
+        prompt_tokens = sum(one.prompt_tokens for one in accepted)
+        tokens: Counter[tuple[int, int]] = Counter()  # by prompt and output, so far
         answers: list[Answer] = []
+
+        def more() -> Json:
+            if options.continuous_usage_stats:
+                return {"usage": counts(prompt_tokens, tokens.total())}
+            return {"usage": None} if options.include_usage else {}
+
         for one in accepted:
             if opening := self.reply.opening(one):
-                yield self.reply.chunk(opening, **more)
+                yield self.reply.chunk(opening, **more())
         while len(answers) < len(self.call.keys):
             event = await self.call.next()
             if isinstance(event, Delta):
-                yield self.reply.chunk([self.reply.delta(event)], **more)
+                tokens[event.key, event.output] = event.tokens
+                yield self.reply.chunk([self.reply.delta(event)], **more())
             elif isinstance(event, Answer):
                 answers.append(event)
-        if more:
+        if options.include_usage:
             yield self.reply.chunk([], usage=usage(answers))
 
     @asynccontextmanager

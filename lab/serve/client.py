@@ -183,6 +183,7 @@ class Client:
         self.died = not self.broken
         for key in list(self.calls):
             self._give(Failed(key, self.broken or DEAD))
+        self.metrics.gone()
         self.on_end()
 
     # ---- calls
@@ -196,6 +197,7 @@ class Client:
         streamed: bool = False,
         open_end: bool = False,
         echo: bool = False,
+        forced: bool = False,
     ) -> Call:
         """Whoever takes the call must `leave` it. ApiError where there is no room, or no engine."""
         self.check_serving()
@@ -209,7 +211,7 @@ class Client:
         for index, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
             self.calls[key] = call
             self.queued.add(key)
-            self._outbox.put(Submit(key, prompt, params, index, received_s, streamed, open_end, echo))
+            self._outbox.put(Submit(key, prompt, params, index, received_s, streamed, open_end, echo, forced))
         return call
 
     def check_serving(self) -> None:

@@ -20,6 +20,7 @@ class Submit(NamedTuple):
     streamed: bool
     open_end: bool  # nobody said how long the answer may be
     echo: bool
+    forced: bool = False  # it goes on to `max_tokens`, whatever the model says
 
 
 class Cancel(NamedTuple):
@@ -79,6 +80,7 @@ class Delta(NamedTuple):
     text: str
     scores: list[Score]
     reason: str | None
+    tokens: int  # of the output, so far
 
 
 class Output(NamedTuple):
@@ -134,5 +136,5 @@ class News(NamedTuple):
     started: Seq[int] = ()  # keys of requests that were admitted to memory for the first time
     counts: Counts | None = None
     gauges: Gauges | None = None
-    deltas: Seq[tuple[int, int, str, list[Score], str | None]] = ()
+    deltas: Seq[tuple[int, int, str, list[Score], str | None, int]] = ()
     film: Seq[tuple[int | None, str]] = ()  # JSON for a watcher, or, with None, for all (see `lab.serve.camera`)

@@ -80,6 +80,11 @@ class Metrics:
                 for _ in range(times):
                     gap.observe(seconds)
 
+    def gone(self) -> None:
+        """The engine has died, and with it its memory."""
+        for gauge in self._gauges.values():
+            gauge.set(0)
+
     def ended(self, event: Answer | Failed) -> None:
         if isinstance(event, Failed):
             if not event.refused:

@@ -131,8 +131,12 @@ def usage(answers: list[Answer]) -> Json:
     output = sum(output.tokens for answer in answers for output in answer.outputs)
     kv = Memory(*map(sum, zip(*(answer.memory for answer in answers), strict=True)))
     timing = {name: _longest(getattr(answer.timing, name) for answer in answers) for name in Timing._fields}
-    counts = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
-    return {**counts, "kv": kv._asdict(), "timing": timing}
+    return {**counts(prompt, output), "kv": kv._asdict(), "timing": timing}
+
+
+def counts(prompt: int, output: int) -> Json:
+    """Tokens."""
+    return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
 
 
 def _longest(seconds: Iterable[float]) -> float | None:

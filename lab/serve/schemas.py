@@ -35,6 +35,7 @@ class Model(BaseModel):
 
 class StreamOptions(Model):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = Field(None, description="not OpenAI's: the usage so far in every chunk")
     include_obfuscation: bool | None = None  # none is added, whatever this says
 
 
@@ -49,6 +50,7 @@ class Sampling(Model):
     top_k: int | None = Field(None, ge=0, lt=2**31, description="not OpenAI's: draw among so many; 0 is all")
     seed: int | None = Field(None, ge=-MAX_SEED, le=MAX_SEED, description="the same seed and prompt, the same answer")
     stop: Stop | list[Stop] | None = None
+    ignore_eos: bool | None = Field(None, description="not OpenAI's: go on to max_tokens, whatever the model says")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Taken, and without effect on an answer:
@@ -83,6 +85,8 @@ class Sampling(Model):
             raise wrong("n", self.n, f"this server gives at most {limits.n} answers: lower it, or ask twice")
         if isinstance(self.stop, list) and len(self.stop) > limits.stops:
             raise wrong("stop", f"{len(self.stop)} strings", f"this server takes at most {limits.stops}")
+        if self.ignore_eos and self.stop:
+            raise wrong("ignore_eos", True, "a stop string would end an answer that nothing may end: leave one out")
         if (self.alternatives or 0) > limits.logprobs:
             rule = f"this server gives at most {limits.logprobs} alternatives to a token: lower it"
             raise wrong("logprobs", self.alternatives, rule)

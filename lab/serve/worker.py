@@ -155,8 +155,8 @@ class Worker:
         pieces, done = _emptied(self.pieces), _emptied(self.done)
         score = self.tokens.score
         deltas = [
-            (key, output, text, score(logprobs, reason) if logprobs else [], reason)
-            for key, output, text, logprobs, reason in pieces
+            (key, output, text, score(logprobs, reason) if logprobs else [], reason, tokens)
+            for key, output, text, logprobs, reason, tokens in pieces
         ]
         events: list[Accepted | Failed | Answer] = [self.answer(result) for result in done]
         self.open.difference_update(result.index for result in done)  # now: had that failed, they would be lost
@@ -232,7 +232,8 @@ class Worker:
                     raise
                 params = replace(params, max_tokens=params.max_tokens // 2)
         arrival_s = self.llm.executor.now - (time.perf_counter() - message.received_s)
-        return replace(request, id=message.key, arrival_s=arrival_s, noise=message.place)
+        output = params.max_tokens if message.forced else None
+        return replace(request, id=message.key, arrival_s=arrival_s, noise=message.place, output=output)
 
 
 def _emptied(items: deque[T]) -> list[T]:

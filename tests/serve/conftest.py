@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults import OPTIONS
 from running import Running
 from talking import tiny_llama
 
@@ -22,6 +23,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
 @pytest.fixture(scope="session")
 def llm(tiny: tuple[str, Any]) -> LLM:
     return LLM(tiny[0], device="cpu", kv_memory=2048, block=8)
+
+
+@pytest.fixture(scope="session")
+def faulty(tiny: tuple[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with Running(tmp_path_factory.mktemp("faulty"), tiny[0], *OPTIONS) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

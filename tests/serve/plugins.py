@@ -6,6 +6,7 @@ Token 13 at the start of a prompt makes the allocator fail, 14 the launch of its
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -16,7 +17,7 @@ from lab.executors.torch import TorchExecutor
 
 ALLOCATOR, LAUNCH, COLLECT = 13, 14, 15
 UNTOKENISABLE = "untokenisable"
-STEP_S = 0.02
+STEP_S = float(os.environ.get("KVLAB_TEST_STEP_S", "0.02"))
 
 
 def slow(capacity: int, block: int, limits: Limits) -> Allocator:
@@ -35,6 +36,13 @@ def failing(capacity: int, block: int, limits: Limits) -> Allocator:
     """Fails where a prompt says so, once it has an answer of two tokens."""
     memory: Any = ALLOCATORS.get("paged")(capacity, block, limits)
     plant_failures(memory)
+    return memory
+
+
+def faulty(capacity: int, block: int, limits: Limits) -> Allocator:
+    """Both: failing, and slow."""
+    memory = failing(capacity, block, limits)
+    slow(capacity, block, limits)
     return memory
 
 

@@ -83,3 +83,10 @@ class Running:
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.http.post(f"/v1/{path}", json={"model": "tiny", **body})
+
+
+def engine_of(server: Running) -> int:
+    """The process id of its engine: of its children the one that multiprocessing started for us."""
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    (found,) = [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return found

@@ -18,7 +18,9 @@ import httpx
 import openai
 import pytest
 from plugins import ALLOCATOR, COLLECT, LAUNCH, UNTOKENISABLE
-from running import ROOT, Running
+from running import ROOT, Running, engine_of
+
+from lab.serve.__main__ import main
 
 LONG: Any = {"model": "tiny", "prompt": [7], "max_tokens": 100, "temperature": 0}  # two seconds, where steps are slow
 
@@ -27,13 +29,6 @@ LONG: Any = {"model": "tiny", "prompt": [7], "max_tokens": 100, "temperature": 0
 def slow(tiny: tuple[str, Any], tmp_path: Path) -> Iterator[Running]:
     with Running(tmp_path, tiny[0], "--allocator", "plugins:slow") as running:
         yield running
-
-
-def engine_of(server: Running) -> int:
-    """The process id of its engine: of its children the one that multiprocessing started for us."""
-    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-    (found,) = [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    return found
 
 
 def is_gone(pid: int) -> bool:
@@ -95,24 +90,28 @@ def test_a_second_signal_ends_it_at_once(slow: Running) -> None:
     assert is_gone(engine)
 
 
-def test_a_failing_step_fails_those_in_it_and_the_server_goes_on(tiny: tuple[str, Any], tmp_path: Path) -> None:
-    with Running(tmp_path, tiny[0], "--allocator", "plugins:failing") as server:
-        fine: Any = {"model": "tiny", "prompt": "The quick", "max_tokens": 20, "temperature": 0}
-        before = server.openai.completions.create(**fine).choices[0].text
-        for times, token in enumerate((ALLOCATOR, LAUNCH, COLLECT), start=1):
-            with pytest.raises(openai.InternalServerError, match="the step it was in failed: RuntimeError"):
-                server.openai.completions.create(model="tiny", prompt=[token, 5], max_tokens=20)
-            with pytest.raises(openai.APIError, match="the step it was in failed"):
-                list(server.openai.completions.create(model="tiny", prompt=[token, 5], max_tokens=20, stream=True))
-            assert server.http.get("/health").status_code == 200
-            assert server.openai.completions.create(**fine).choices[0].text == before
-            assert server.metrics()["kvlab:failed_steps_total"] == 2 * times
-            server.until(server.nothing_held, 2)
-        with pytest.raises(openai.InternalServerError, match="could not be prepared: RuntimeError"):
-            server.openai.completions.create(model="tiny", prompt=UNTOKENISABLE)
-        assert server.metrics()["vllm:request_success_total:error"] == 7
-        assert "planted in the executor" in server.output
-        assert UNTOKENISABLE not in server.output
+def test_a_failing_step_fails_those_in_it_and_the_server_goes_on(faulty: Running) -> None:
+    fine: Any = {"model": "tiny", "prompt": "The quick", "max_tokens": 20, "temperature": 0}
+    expected = faulty.openai.completions.create(**fine).choices[0].text
+    before = faulty.metrics()
+
+    def grown(name: str) -> float:
+        return faulty.metrics()[name] - before[name]
+
+    for times, token in enumerate((ALLOCATOR, LAUNCH, COLLECT), start=1):
+        with pytest.raises(openai.InternalServerError, match="the step it was in failed: RuntimeError"):
+            faulty.openai.completions.create(model="tiny", prompt=[token, 5], max_tokens=20)
+        with pytest.raises(openai.APIError, match="the step it was in failed"):
+            list(faulty.openai.completions.create(model="tiny", prompt=[token, 5], max_tokens=20, stream=True))
+        assert faulty.http.get("/health").status_code == 200
+        assert faulty.openai.completions.create(**fine).choices[0].text == expected
+        assert grown("kvlab:failed_steps_total") == 2 * times
+        faulty.until(faulty.nothing_held, 2)
+    with pytest.raises(openai.InternalServerError, match="could not be prepared: RuntimeError"):
+        faulty.openai.completions.create(model="tiny", prompt=UNTOKENISABLE)
+    assert grown("vllm:request_success_total:error") == 7
+    assert "planted in the executor" in faulty.output
+    assert UNTOKENISABLE not in faulty.output
 
 
 def test_an_engine_that_is_killed(slow: Running) -> None:
@@ -130,6 +129,9 @@ def test_an_engine_that_is_killed(slow: Running) -> None:
     assert waiting[0].status_code == 500
     assert waiting[0].json()["error"]["message"] == "the engine has died"
     assert slow.http.get("/health").status_code == 503
+    now = slow.metrics()
+    assert now["vllm:num_requests_running"] == now["kvlab:kv_stored_tokens"] == now["kvlab:kv_capacity_tokens"] == 0
+    assert now["vllm:request_success_total:error"] == 2
     refused = slow.post("completions", prompt="A")
     assert (refused.status_code, refused.json()["error"]["message"]) == (503, "the engine has died")
     assert slow.process.wait(20) == 1
@@ -142,13 +144,6 @@ def test_an_engine_outlives_no_server(slow: Running) -> None:
     slow.until(lambda: is_gone(engine), 20)
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    run = [sys.executable, "-m", "lab.serve", *arguments]
-    return subprocess.run(
-        run, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -159,24 +154,24 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["--bogus"], "unrecognized arguments: --bogus"),
     ],
 )
-def test_wrong_options_are_one_line(arguments: list[str], said: str) -> None:
-    done = command(*arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert said in done.stderr
+def test_wrong_options_are_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("error: ")
+    assert told.err.count("\n") == 1
+    assert said in told.err
 
 
-def test_a_port_that_is_taken() -> None:
+def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
-        done = command("--port", str(other.getsockname()[1]))
-    assert done.returncode == 2
-    assert "choose another --host or --port" in done.stderr
+        assert main(["--port", str(other.getsockname()[1])]) == 2
+    assert "choose another --host or --port" in capsys.readouterr().err
 
 
 def test_help_teaches() -> None:
-    done = command("--help")
-    assert done.returncode == 0
+    run = [sys.executable, "-m", "lab.serve", "--help"]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
     for word in ("curl http://127.0.0.1:8000/v1/chat/completions", "OpenAI(base_url=", "/metrics", "429", "SIGTERM"):
         assert word in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 120

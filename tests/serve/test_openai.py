@@ -110,6 +110,35 @@ def test_a_chat_goes_on_to_the_end_where_nobody_says_how_long(server: Running, l
     assert len(many.choices) == 16, "16 times the longest sequence does not fit, half of it does"
 
 
+def test_an_answer_that_ignores_its_end(server: Running, tiny: tuple[str, Any], llm: LLM) -> None:
+    """As transformers goes on where it knows of no end."""
+    results = llm.generate([[token] for token in range(7, 300)], SamplingParams(max_tokens=40))
+    prompt = [7 + next(r.index for r in results if r.outputs[0].finish_reason == "stop" and len(r.text) > 5)]
+    with torch.no_grad():
+        made = tiny[1].generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=60, eos_token_id=None)
+    asked: Any = {"model": "tiny", "prompt": prompt, "temperature": 0, "max_tokens": 60}
+    assert server.openai.completions.create(**asked).choices[0].finish_reason == "stop"
+    forced = server.openai.completions.create(**asked, extra_body={"ignore_eos": True})
+    assert forced.choices[0].finish_reason == "length"
+    assert forced.usage is not None
+    assert forced.usage.completion_tokens == 60
+    assert forced.choices[0].text == llm.decode(made[0, 1:].tolist())
+    with pytest.raises(openai.BadRequestError, match="leave one out"):
+        server.openai.completions.create(**asked, stop="x", extra_body={"ignore_eos": True})
+
+
+def test_usage_in_every_chunk(server: Running) -> None:
+    """Tokens so far, also those of half a character, which no text shows; in the end as many as there were."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    asked: Any = {"prompt": ["ça", "The quick"], "n": 2, "seed": 1, "max_tokens": 20, "stream_options": options}
+    told = [c.usage for c in server.openai.completions.create(model="tiny", stream=True, **asked)]
+    counts = [usage.completion_tokens for usage in told if usage]
+    assert len(counts) == len(told) > 10
+    assert counts == sorted(counts)
+    assert 0 < counts[0] < counts[-1] == counts[-2]
+    assert len({usage.prompt_tokens for usage in told if usage}) == 1
+
+
 def test_stop_strings(server: Running) -> None:
     free = server.openai.completions.create(model="tiny", prompt="A door", max_tokens=30, temperature=0)
     text = free.choices[0].text
