@@ -60,6 +60,18 @@ def wrong(param: str, value: Any, rule: str) -> ApiError:
 
 
 def handle_errors(app: FastAPI) -> None:
+    described = app.openapi
+
+    def without_422() -> dict[str, Any]:
+        """FastAPI describes errors of its own, which are never answered: what is invalid is a 400 here."""
+        description = described()
+        for path in description["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        return description
+
+    app.openapi = without_422  # type: ignore[method-assign]
+
     @app.exception_handler(ApiError)
     async def ours(request: Request, error: ApiError) -> JSONResponse:
         return error.response()

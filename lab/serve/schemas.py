@@ -35,7 +35,7 @@ class Model(BaseModel):
 
 class StreamOptions(Model):
     include_usage: bool | None = None
-    continuous_usage_stats: bool | None = Field(None, description="not OpenAI's: the usage so far in every chunk")
+    continuous_usage_stats: bool | None = None  # not OpenAI's: the usage so far, in every chunk
     include_obfuscation: bool | None = None  # none is added, whatever this says
 
 

@@ -36,7 +36,7 @@ ANSWERED, REFUSED, FAILED, LEFT, LOST = "answered", "refused", "failed", "left",
 OPTIONS = ("--allocator", "plugins:faulty", "--queue", "64")
 AT_ONCE = 48
 PROMPTS = [[20 + i, 40 + 3 * i, 90] for i in range(10)]
-LONG = {"prompt": [7] * 200, "max_tokens": 20, "ignore_eos": True}  # memory holds ten of them
+LONG: Any = {"prompt": [7] * 200, "max_tokens": 20, "ignore_eos": True}  # memory holds ten of them
 EVERY_S = 0.1  # between two looks at /metrics
 SEED = 0
 
@@ -161,7 +161,7 @@ class Sampler(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.server: Running | None = None
-        self.rows: list[tuple[float, float, float]] = []  # s, share of the blocks that is held, requests in flight
+        self.rows: list[tuple[float, ...]] = []  # s, share of the blocks that is held, requests in flight
 
     def run(self) -> None:
         while True:
@@ -175,7 +175,7 @@ class Sampler(threading.Thread):
                 self.rows.append((time.monotonic(), 100 * now["vllm:kv_cache_usage_perc"], requests))
 
 
-Panel = tuple[str, list[tuple[float, float, float]]]  # a fault, and what was seen meanwhile
+Panel = tuple[str, list[tuple[float, ...]]]  # a fault, and what was seen meanwhile
 
 
 def main() -> int:

@@ -40,6 +40,10 @@ schema = schemathesis.openapi.from_dict(DESCRIPTION)
 
 def test_it_describes_itself(server: Running) -> None:
     assert server.http.get("/openapi.json").json() == DESCRIPTION
+    answers = {
+        status for path in DESCRIPTION["paths"].values() for call in path.values() for status in call["responses"]
+    }
+    assert answers == {"200", "400", "401", "404", "413", "429", "500", "503", "504"}
 
 
 @schema.parametrize()
