@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -18,7 +17,7 @@ import httpx
 import openai
 import pytest
 from plugins import ALLOCATOR, COLLECT, LAUNCH, UNTOKENISABLE
-from running import ROOT, Running, engine_of
+from running import PATIENCE_S, ROOT, Running, engine_of
 
 from lab.serve.__main__ import main
 
@@ -34,6 +33,28 @@ def slow(tiny: tuple[str, Any], tmp_path: Path) -> Iterator[Running]:
 def is_gone(pid: int) -> bool:
     status = Path(f"/proc/{pid}/stat")
     return not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+class Loading(threading.Thread):
+    """Somebody who asks again and again whether a server is ready."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__()
+        self.url = url
+        self.seen: list[tuple[int, str]] = []
+        self.healths: set[int] = set()
+        self.start()
+
+    def run(self) -> None:
+        end_s = time.monotonic() + PATIENCE_S
+        while time.monotonic() < end_s and not (self.seen and self.seen[-1][0] == 200):
+            try:
+                ready = httpx.get(f"{self.url}/ready")
+                self.healths.add(httpx.get(f"{self.url}/health").status_code)
+                self.seen.append((ready.status_code, ready.json().get("error", {}).get("message", "")))
+            except httpx.ConnectError:
+                pass
+            time.sleep(0.2)
 
 
 class Asking(threading.Thread):
@@ -59,19 +80,28 @@ class Asking(threading.Thread):
             self.error = error
 
 
-def test_a_signal_drains(slow: Running) -> None:
-    """What is under way comes to its end, whole or streamed; nothing new is taken; the exit status is 0."""
-    engine = engine_of(slow)
-    whole = slow.openai.completions.create(**LONG).choices[0].text
-    asking = Asking(slow)
-    slow.process.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
-    with pytest.raises((httpx.ConnectError, httpx.ReadError)):
-        httpx.get(f"{slow.url}/ready")
-    asking.join()
-    assert (asking.text, asking.reason, asking.error) == (whole, "length", None)
-    assert slow.process.wait(20) == 0
-    assert is_gone(engine)
+def test_while_it_loads_and_while_it_drains(tiny: tuple[str, Any], tmp_path: Path) -> None:
+    """Its address answers before it is ready, and says so. After a signal what is under way comes to its end, whole or
+    streamed; nothing new is taken; the exit status is 0."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+    loading = Loading(f"http://127.0.0.1:{port}")
+    with Running(tmp_path, tiny[0], "--allocator", "plugins:slow", "--port", str(port)) as slow:
+        loading.join()
+        assert loading.seen[0] == (503, "the model is being loaded")
+        assert loading.seen[-1][0] == 200
+        assert loading.healths == {200}
+        engine = engine_of(slow)
+        whole = slow.openai.completions.create(**LONG).choices[0].text
+        asking = Asking(slow)
+        slow.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        with pytest.raises((httpx.ConnectError, httpx.ReadError)):
+            httpx.get(f"{slow.url}/ready")
+        asking.join()
+        assert (asking.text, asking.reason, asking.error) == (whole, "length", None)
+        assert slow.process.wait(20) == 0
+        assert is_gone(engine)
 
 
 def test_a_second_signal_ends_it_at_once(slow: Running) -> None:
@@ -175,27 +205,3 @@ def test_help_teaches() -> None:
     for word in ("curl http://127.0.0.1:8000/v1/chat/completions", "OpenAI(base_url=", "/metrics", "429", "SIGTERM"):
         assert word in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 120
-
-
-def test_before_it_is_ready_it_says_so(tiny: tuple[str, Any], tmp_path: Path) -> None:
-    """The address answers while the model is being loaded."""
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
-    loading = [sys.executable, "-m", "lab.serve", tiny[0], "--port", str(port), "--device", "cpu"]
-    process = subprocess.Popen(loading, cwd=ROOT, stdout=subprocess.DEVNULL)
-    try:
-        seen: list[tuple[int, str]] = []
-        while not seen or seen[-1][0] != 200:
-            assert process.poll() is None
-            try:
-                ready = httpx.get(f"http://127.0.0.1:{port}/ready")
-                assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
-                seen.append((ready.status_code, ready.text))
-            except httpx.ConnectError:
-                pass
-            time.sleep(0.2)
-    finally:
-        process.terminate()
-        assert process.wait(20) == 0
-    assert seen[0][0] == 503
-    assert json.loads(seen[0][1])["error"]["message"] == "the model is being loaded"
