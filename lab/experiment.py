@@ -20,7 +20,7 @@ from lab.check import check
 from lab.command import Parser, status
 from lab.core import InputError, Registry, unknown
 from lab.hardware import HARDWARE
-from lab.harness import Experiment, make_room, perform
+from lab.harness import HEADER, Experiment, make_room, perform
 from lab.options import Options
 from lab.run import EXECUTORS, Run
 from lab.schedulers import PREEMPTION, SCHEDULERS
@@ -65,14 +65,16 @@ def _one(name: str, options: Options, fresh: bool, command: str) -> int:
     experiment = find(name)
     if (options.rates or options.thresholds) and not hasattr(experiment, "THRESHOLDS"):
         raise InputError(f"{name} looks for no sustained rate: leave --rates and --thresholds to capacity")
-    return perform(experiment, _checked(experiment, options), name, options, fresh, command)
+    return perform(experiment, _checked(experiment, options, fresh), name, options, fresh, command)
 
 
-def _checked(experiment: Experiment, options: Options) -> list[Run]:
+def _checked(experiment: Experiment, options: Options, fresh: bool = False) -> list[Run]:
+    """Its runs. What has its record is drawn anywhere, also where its device is not."""
     make_room(options.out)
     runs = experiment.runs(options)
     for run in runs:
-        check(run)
+        if fresh or not (options.out / "runs" / run.key() / HEADER).is_file():
+            check(run)
     return runs
 
 

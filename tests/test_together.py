@@ -36,6 +36,16 @@ def test_what_is_left_is_said(short: str, tmp_path: Path, capsys: pytest.Capture
     assert "4 runs are left" in capsys.readouterr().out
 
 
+def test_what_is_named_first_begins_first(short: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where time runs out, whole experiments are there, and not half of each."""
+    begun: list[Run] = []
+    monkeypatch.setattr(together, "carry_out_all", lambda places, _stop_s: begun.extend(places))
+    assert together.main(["gap", "fragmentation", "--out", str(tmp_path)]) == 3
+    keys = {run.key() for run in experiment.runs_of(["gap", *short.split()], tmp_path)}
+    assert {run.key() for run in begun[: len(keys)]} == keys
+    assert len(begun) > len(keys)
+
+
 def test_the_longest_begin_first() -> None:
     at_once = Run(arrivals="all", rate=None, duration_s=None, count=256)
     static = Run(**{**vars(at_once), "scheduler": "static", "allocator": "contiguous-max"})

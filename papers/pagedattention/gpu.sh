@@ -4,6 +4,7 @@
 #   papers/pagedattention/gpu.sh FOLDER PART...       from the root of the repository
 #
 #   tests        kernels against float64 and against torch's attention, the engine's texts with captured steps
+#   serve        the server's tests, on this GPU
 #   tune         the fastest configurations of attention for this GPU: into kernels/tuned.json, and a copy in FOLDER
 #   bench        timings of the kernels, with the two floors measured on the spot
 #   throughput, step, profile, startup   whole workloads, one step, where its time goes, the start (python -m lab.bench)
@@ -18,7 +19,7 @@
 set -uo pipefail
 out=${1:?give a folder for the results}
 shift
-parts=" tests tune bench throughput step profile startup quick fragmentation clock indirection preemption blocksize factorial capacity growth gap systems fidelity "
+parts=" tests serve tune bench throughput step profile startup quick fragmentation clock indirection preemption blocksize factorial capacity growth gap systems fidelity "
 for part in "$@"; do
   [[ "$parts" == *" $part "* ]] || { echo "part $part is unknown: give some of$parts"; exit 2; }
 done
@@ -32,6 +33,10 @@ for part in "$@"; do
       python3 -c "import xdist" 2>/dev/null && several="-n 8" # mostly compiling
       python3 -m pytest tests/kernels tests/test_torch_executor.py -p no:cacheprovider ${several:-} \
         -k "not ahead_of_time and not name_clash" 2>&1
+      ;;
+    serve)
+      KVLAB_DEVICE=cuda python3 -m pytest tests/serve -p no:cacheprovider \
+        --ignore tests/serve/test_described.py --ignore tests/serve/test_smollm2.py --durations 8 2>&1
       ;;
     tune) python3 -m kernels.tune 2>&1 && cp kernels/tuned.json "$out" ;;
     bench) python3 -m kernels.bench --out "$results" 2>&1 ;;

@@ -1,4 +1,4 @@
-"""Runs of several experiments, spread together over all GPUs of a machine, the longest first.
+"""Runs of several experiments, spread together over all GPUs of a machine, in the order given, the longest of each first.
 
     python papers/pagedattention/together.py factorial systems growth --out results/gpu --stop-after 900
     python papers/pagedattention/together.py --options factorial       how that one is run on a GPU
@@ -60,12 +60,16 @@ def _main(arguments: list[str]) -> int:
         print("\n".join(OPTIONS[name] for name in args.names))
         return 0
     stop_s = time.monotonic() + args.stop_after
-    runs = longest_first(run for name in args.names for run in runs_of([name, *shlex.split(OPTIONS[name])], args.out))
+    each = (longest_first(runs_of([name, *shlex.split(OPTIONS[name])], args.out)) for name in args.names)
+    runs = list(dict.fromkeys(run for runs in each for run in runs))  # what comes first is complete where time runs out
     places = {run: args.out / "runs" / run.key() for run in runs}
-    missing = {place: run for run, place in reversed(places.items()) if not place.exists()}  # some share a place
+    missing: dict[Path, Run] = {}
+    for run, place in places.items():
+        if not place.exists():
+            missing.setdefault(place, run)  # some share a place
     print(f"{len(set(places.values()))} runs, {len(missing)} to carry out", flush=True)
     make_room(args.out, len(missing))
-    carry_out_all({run: place for place, run in reversed(missing.items())}, stop_s)
+    carry_out_all({run: place for place, run in missing.items()}, stop_s)
     left = sum(not place.exists() for place in missing)
     if left:
         print(f"{left} runs are left: the same command goes on with them")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from faults import OPTIONS
-from running import Running
+from running import DEVICE, Running
 from talking import tiny_llama
 
 from lab import LLM
@@ -22,7 +22,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
 
 @pytest.fixture(scope="session")
 def llm(tiny: tuple[str, Any]) -> LLM:
-    return LLM(tiny[0], device="cpu", kv_memory=2048, block=8)
+    return LLM(tiny[0], device=DEVICE, dtype="float32", kv_memory=2048, block=8)
 
 
 @pytest.fixture(scope="session")

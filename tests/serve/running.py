@@ -18,13 +18,15 @@ from prometheus_client.parser import text_string_to_metric_families
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 60.0
+DEVICE = os.environ.get("KVLAB_DEVICE", "cpu")  # in float32 either way: in bfloat16 random weights nearly tie
 
 
 class Running:
     def __init__(self, folder: Path, model: str, *options: str, env: dict[str, str] | None = None) -> None:
         """`folder`: where its output goes."""
         self.said = folder / "said.txt"
-        command = [sys.executable, "-m", "lab.serve", model, "--name", "tiny", "--port", "0", "--device", "cpu"]
+        command = [sys.executable, "-m", "lab.serve", model, "--name", "tiny", "--port", "0"]
+        command += ["--device", DEVICE, "--dtype", "float32"]
         paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
         with self.said.open("wb") as out:
             self.process = subprocess.Popen(
