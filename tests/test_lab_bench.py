@@ -23,7 +23,9 @@ def test_workloads_are_those_that_others_were_measured_with() -> None:
     assert sum(len(request.prompt) for request in nano) == 142_827
     assert sum(request.output or 0 for request in nano) == 133_966
     assert {request.sampling.temperature for request in nano} == {0.6}
-    assert len(cases.opt13b()) == 256
+    opt = cases.opt13b()
+    assert len(opt) == 256
+    assert 0 <= min(min(r.prompt) for r in opt) <= max(max(r.prompt) for r in opt) < 50272  # as the model's configuration
 
 
 def test_the_floor_counts_each_byte_and_operation_once() -> None:

@@ -18,7 +18,7 @@ from lab.pool import pool_size
 from lab.record import Recorder
 from lab.run import Run, requests_of
 from lab.schedulers import SCHEDULERS
-from lab.shapes import ModelShape
+from lab.shapes import ModelShape, shape
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ def nano() -> list[Request]:
 
 def opt13b() -> list[Request]:
     """256 requests of lengths like ShareGPT's, of which the paper's pool holds an eighth at a time."""
-    run = Run(workload="opt13b-256", arrivals="all", rate=None, duration_s=None, count=256)
-    return [replace(request, prompt=list(request.prompt)) for request in requests_of(run)]
+    run = Run(workload="opt13b-256", arrivals="all", rate=None, duration_s=None, count=256)  # its prompts are of no model
+    vocabulary = shape("opt-13b").vocab
+    return [replace(r, prompt=[token % vocabulary for token in r.prompt]) for r in requests_of(run)]
 
 
 OPT = Case("opt-13b", opt13b, "15728")

@@ -21,7 +21,7 @@ from lab.engine import Engine
 from lab.executors.torch import TorchExecutor
 from lab.models.loading import load, load_tokenizer
 from lab.record import Recorder
-from lab.run import Run, requests_of
+from lab.run import Run, real, requests_of
 from lab.schedulers import SCHEDULERS
 from lab.shapes import shape
 
@@ -45,7 +45,8 @@ def throughput(names: list[str], rounds: int, depth: int, device: str) -> Rows:
     for name in names:
         case = CASES[name]
         if held != case.model + case.pool:
-            executor = None  # its memory first
+            executor = None
+            real().release()  # its memory first
             executor, held = executor_for(case, device), case.model + case.pool
         assert executor is not None
         requests = case.requests()
