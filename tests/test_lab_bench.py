@@ -25,7 +25,7 @@ def test_workloads_are_those_that_others_were_measured_with() -> None:
     assert {request.sampling.temperature for request in nano} == {0.6}
     opt = cases.opt13b()
     assert len(opt) == 256
-    assert 0 <= min(min(r.prompt) for r in opt) <= max(max(r.prompt) for r in opt) < 50272  # as the model's configuration
+    assert 0 <= min(min(r.prompt) for r in opt) <= max(max(r.prompt) for r in opt) < 50272
 
 
 def test_the_floor_counts_each_byte_and_operation_once() -> None:

@@ -46,7 +46,7 @@ def nano() -> list[Request]:
 
 def opt13b() -> list[Request]:
     """256 requests of lengths like ShareGPT's, of which the paper's pool holds an eighth at a time."""
-    run = Run(workload="opt13b-256", arrivals="all", rate=None, duration_s=None, count=256)  # its prompts are of no model
+    run = Run(workload="opt13b-256", arrivals="all", rate=None, duration_s=None, count=256)  # of no vocabulary
     vocabulary = shape("opt-13b").vocab
     return [replace(r, prompt=[token % vocabulary for token in r.prompt]) for r in requests_of(run)]
 

@@ -1,4 +1,4 @@
-"""Runs of several experiments, spread together over all GPUs of a machine, in the order given, the longest of each first.
+"""Runs of several experiments, spread over all GPUs of a machine: in the order given, of each the longest first.
 
     python papers/pagedattention/together.py factorial systems growth --out results/gpu --stop-after 900
     python papers/pagedattention/together.py --options factorial       how that one is run on a GPU
