@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -9,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from lab.bench import __main__ as command
 from lab.bench import cases
 from lab.bench.profile import Span, Watch, busy_us, by_kind
-from lab.core import Request
+from lab.core import InputError, Request
 from lab.executors.torch import TorchExecutor
 from lab.models.decoder import Decoder
 from lab.shapes import shape
@@ -102,3 +107,18 @@ def test_what_cannot_be_measured_here(capsys: pytest.CaptureFixture[str], monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert command.main(["throughput", "qwen"]) == 2
     assert "case 'qwen' is unknown: did you mean qwen3-0.6b?" in capsys.readouterr().err
+
+
+def test_what_was_measured_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second case finds no memory: the first has its row and what it printed."""
+
+    def throughput(*_: object) -> Iterator[dict[str, Any]]:
+        print("one 100 tok/s")
+        yield {"case": "one", "tokens_per_s": 100.0}
+        raise InputError("no room: make some")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(command, "throughput", throughput)
+    assert command.main(["throughput", "--device", "cpu", "--out", str(tmp_path)]) == 2
+    assert json.loads((tmp_path / "throughput.json").read_text())["rows"] == [{"case": "one", "tokens_per_s": 100.0}]
+    assert (tmp_path / "throughput.txt").read_text().endswith("one 100 tok/s\n")

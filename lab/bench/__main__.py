@@ -9,6 +9,7 @@ import sys
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ REGRESS = ("compare", "baseline")  # have options of their own
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    return status(lambda: _main(arguments), "nothing was kept")
+    return status(lambda: _main(arguments), "what was measured is kept, given --out")
 
 
 def _main(arguments: list[str]) -> int:
@@ -49,16 +50,23 @@ def _main(arguments: list[str]) -> int:
     if args.what == "kernels":
         return kernels.bench.main(["--out", str(args.out)] if args.out else [])
     said = Said()
-    with redirect_stdout(said):
-        rows = _measure(args)
-    if args.out:
-        command = shlex.join(["python", "-m", "lab.bench", *arguments])
-        machine = real().device_name("cpu" if args.what == "laptop" else args.device)
-        header = describe(model="", workload="", seed=0, simulated=False, hardware=machine, gpu=machine)
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / f"{args.what}.txt").write_text(f"$ {command}\n\n{said.getvalue()}")
-        (args.out / f"{args.what}.json").write_text(json.dumps({**header, "command": command, "rows": rows}, indent=1))
+    rows: list[dict[str, Any]] = []
+    try:
+        with redirect_stdout(said):
+            for row in _measure(args):  # what is measured is kept, whatever comes after
+                rows.append(row)
+    finally:
+        if args.out and rows:
+            _keep(args, shlex.join(["python", "-m", "lab.bench", *arguments]), said.getvalue(), rows)
     return 0
+
+
+def _keep(args: argparse.Namespace, command: str, said: str, rows: list[dict[str, Any]]) -> None:
+    machine = real().device_name("cpu" if args.what == "laptop" else args.device)
+    header = describe(model="", workload="", seed=0, simulated=False, hardware=machine, gpu=machine)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"{args.what}.txt").write_text(f"$ {command}\n\n{said}")
+    (args.out / f"{args.what}.json").write_text(json.dumps({**header, "command": command, "rows": rows}, indent=1))
 
 
 class Said(StringIO):
@@ -79,7 +87,7 @@ def _measure(args: argparse.Namespace) -> Rows:
         raise InputError(f"{args.what} is measured on a GPU, and there is none: take laptop for this CPU")
     if args.what == "first-token":
         first_token(args.cases[0], args.device)
-        return []
+        return iter(())
     for name in args.cases:
         if name not in CASES:
             raise InputError(unknown("case", name, CASES))

@@ -37,7 +37,6 @@ class Span(NamedTuple):
 
 def steps_of(names: list[str], depth: int, device: str) -> Rows:
     """A table for each case, all of whose requests come at once, in the midst of decoding."""
-    rows: Rows = []
     for name in names:
         case = CASES[name]
         executor = executor_for(case, device)
@@ -52,10 +51,9 @@ def steps_of(names: list[str], depth: int, device: str) -> Rows:
             print(f"  {kind:18} {us:8.1f} us  {100 * us / found['step_us']:5.1f} %  {calls:6.1f} calls")
         for kind in ("gaps", "host"):
             print(f"  {kind:18} {found[f'{kind}_us']:8.1f} us  {100 * found[f'{kind}_us'] / found['step_us']:5.1f} %")
-        rows.append({"case": name, "depth": depth, **found})
+        yield {"case": name, "depth": depth, **found}
         del executor, watch
     print("gaps: no kernel runs; host: the engine, its policies and launches, in part while kernels run")
-    return rows
 
 
 class Watch:

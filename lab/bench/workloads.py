@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from lab.run import Run, real, requests_of
 from lab.schedulers import SCHEDULERS
 from lab.shapes import shape
 
-Rows = list[dict[str, Any]]
+Rows = Iterator[dict[str, Any]]  # as they are measured, so that none is lost
 
 
 def ceilings(device: str) -> tuple[float, float]:
@@ -40,7 +41,6 @@ def throughput(names: list[str], rounds: int, depth: int, device: str) -> Rows:
     read, rate = ceilings(device)
     heads = f"{'case':26} {'output tok/s':>12} {'spread':>7} {'recorded':>9} {'of floor':>9}"
     print(f"{heads} {'ms/step':>8} {'steps':>6} {'preempted':>9}  others")
-    rows: Rows = []
     executor, held = None, ""
     for name in names:
         case = CASES[name]
@@ -62,18 +62,17 @@ def throughput(names: list[str], rounds: int, depth: int, device: str) -> Rows:
         line += f" {1e3 * tokens / plain / steps:8.2f} {steps:6} {seen[0].preemptions:9}"
         print(f"{line}  {case.peers}", flush=True)
         known = {"tokens_per_s": plain, "recorded_tokens_per_s": recorded, "floor_s": floor, "peers": case.peers}
-        rows.append({"case": name, "depth": depth, **known, "rounds": [asdict(one) for one in seen]})
-    return rows
+        yield {"case": name, "depth": depth, **known, "rounds": [asdict(one) for one in seen]}
 
 
 def step(device: str, context: int = 512, steps: int = 64) -> Rows:
     """Batch 1: what one user alone waits for a token, the host's work in between, and hidden."""
     read, _ = ceilings(device)
-    rows: Rows = []
     for name, bar in STEPS.items():
         executor = executor_for(Case(name, list, "20000"), device)
         floor_ms = 1e3 * executor.model.weight_bytes / read
         request = Request(0, 0.0, [5] * context, 2 * steps)
+        found: list[dict[str, Any]] = []
         for depth in (0, 0, 1):  # the first compiles and captures
             with Recorder(None, {}) as recorder:
                 limits = Limits()
@@ -81,26 +80,24 @@ def step(device: str, context: int = 512, steps: int = 64) -> Rows:
                 Engine(scheduler, executor, recorder, depth=depth).run([request])
             times = recorder.record().steps
             step_ms = 1e3 * float((times["end_s"] - times["start_s"]).iloc[-steps:].median())
-            rows.append({"case": name, "depth": depth, "step_ms": step_ms, "weights_ms": floor_ms, "bar": bar})
-        for row in rows[-2:]:
+            found.append({"case": name, "depth": depth, "step_ms": step_ms, "weights_ms": floor_ms, "bar": bar})
+        for row in found[1:]:
             share = f"{row['step_ms'] / floor_ms:.2f} times the reading of its weights (bar: {bar})"
             print(f"{name:14} depth {row['depth']} {row['step_ms']:6.2f} ms a step, {share}", flush=True)
-        del rows[-3]
+        yield from found[1:]
         del executor
-    return rows
 
 
 def startup(device: str, model: str = "qwen3-0.6b") -> Rows:
     """A process of its own, first with nothing compiled, then with what the first has left on disk."""
-    rows: Rows = []
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("cold", "warm"):
             start_s = time.perf_counter()
             command = [sys.executable, "-m", "lab.bench", "first-token", model, "--device", device]
             subprocess.run(command, env={**os.environ, "TRITON_CACHE_DIR": folder}, check=True)
-            rows.append({"case": f"{model}, {kind}", "seconds": time.perf_counter() - start_s})
-            print(f"{model}: {rows[-1]['seconds']:.1f} s from the shell to the end of a request of one token, {kind}")
-    return rows
+            seconds = time.perf_counter() - start_s
+            print(f"{model}: {seconds:.1f} s from the shell to the end of a request of one token, {kind}")
+            yield {"case": f"{model}, {kind}", "seconds": seconds}
 
 
 def first_token(model: str, device: str) -> None:
@@ -140,4 +137,4 @@ def laptop(rounds: int) -> Rows:
     speeds = {name: statistics.median(own) for name, own in found.items()}
     print(", ".join(f"{name} {speed:.0f} tok/s" for name, speed in speeds.items()))
     print(f"ours is {speeds['ours'] / speeds['generate']:.2f} times as fast ({torch.get_num_threads()} threads)")
-    return [{"case": name, "tokens_per_s": own} for name, own in found.items()]
+    yield from ({"case": name, "tokens_per_s": own} for name, own in found.items())

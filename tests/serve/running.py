@@ -27,7 +27,7 @@ class Running:
         self.said = folder / "said.txt"
         command = [sys.executable, "-m", "lab.serve", model, "--name", "tiny", "--port", "0"]
         command += ["--device", DEVICE, "--dtype", "float32"]
-        paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+        paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         with self.said.open("wb") as out:
             self.process = subprocess.Popen(
                 [*command, "--kv-memory", "2048", "--block", "8", *options],
