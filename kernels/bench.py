@@ -43,12 +43,16 @@ class Shape:
     length: int
     head_dim: int = 128
     spread: float = 0.0  # of lognormal lengths whose mean is `length`, of their logarithm; none is longer than 8 means
+    padded: bool = False  # lengths are anything up to `length`, and the rest of it is read for nothing
 
     def __str__(self) -> str:
-        return f"{self.sequences} x {self.heads}/{self.kv_heads} x {'~' if self.spread else ''}{self.length}"
+        kind = "~" if self.spread else "<" if self.padded else ""
+        return f"{self.sequences} x {self.heads}/{self.kv_heads} x {kind}{self.length}"
 
     def lengths(self) -> list[int]:
         draw, middle = random.Random(0), math.log(self.length) - self.spread**2 / 2
+        if self.padded:
+            return [draw.randint(1, self.length) for _ in range(self.sequences)]
         drawn = [round(draw.lognormvariate(middle, self.spread)) for _ in range(self.sequences)]
         return [min(max(length, 1), 8 * self.length) for length in drawn]
 
@@ -60,6 +64,7 @@ DECODES = [
     Shape(8, 32, 8, 8192),
     Shape(64, 32, 8, 1024, spread=1.0),
 ]
+PADDED = Shape(32, 40, 40, 1024, padded=True)  # a static batch of OPT-13B
 PROMPT = Shape(8, 32, 8, 2048)
 WIDTHS = (3072, 14336, 151936)  # of two SwiGLUs, of a vocabulary
 
@@ -80,10 +85,12 @@ class Problem:
     def _batch(self, order: Tensor, paged: bool, device: str, block: int) -> Ragged:
         tables = order.split(self.needed)
         rows = zip(self.lengths, tables, strict=True)
-        n = self.queries
-        return Ragged.build(
-            [(n, length - n, length, 0, table.tolist()) for length, table in rows], block, paged, device
-        )
+        n, padded = self.queries, self.shape.padded
+        batch = [
+            (n, length - n, length, self.shape.length - length if padded else 0, table.tolist())
+            for length, table in rows
+        ]
+        return Ragged.build(batch, block, paged, device)
 
     def ours(self, memory: str, **options: Any) -> Tensor:
         attention = for_device(self.q.device).attention
@@ -139,7 +146,7 @@ def bench_attention(
     calls: dict[str, Callable[[], object]] = {
         memory: functools.partial(problem.ours, memory) for memory in problem.batches
     }
-    if not shape.spread:
+    if not (shape.spread or shape.padded):
         calls |= {f"torch {backend}": _with(kind, problem.torch_call()) for backend, kind in TORCH.items()}
     times: dict[str, list[float]] = {variant: [] for variant in calls}
     for _, variant in itertools.product(range(5), calls):
@@ -225,7 +232,7 @@ def run(device: str) -> Iterator[Measured]:
     torch.manual_seed(0)
     floors, rows = measure_floors(device)
     yield from rows
-    for shape in DECODES:
+    for shape in (*DECODES, PADDED):
         yield from bench_attention("decode attention", shape, 1, floors, device)
     yield from bench_attention("prompt attention", PROMPT, PROMPT.length, floors, device)
     for heads in (8, 40):

@@ -22,12 +22,14 @@ def walk(
     largest, total, values = state
     table, k_ptr, stride_k_block, stride_k_offset, v_ptr, stride_v_block, stride_v_offset = memory
     d, dv = tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
-    blocks = _look_up(begin + tl.arange(0, N), low, high, table, BLOCK, PAGED, DEAD)
+    place = _wrap(begin + tl.arange(0, N), low, high, DEAD)
+    blocks = _look_up(place, high, table, BLOCK, PAGED, DEAD)
     for at in tl.range(begin, stop, N):
         key = at + tl.arange(0, N)
-        block_id, offset = _address(key, blocks, low, high, BLOCK, PAGED, DEAD)
+        block_id, offset = _address(place if DEAD else key.to(tl.uint32), blocks, BLOCK, PAGED)
+        place = _wrap(key + N, low, high, DEAD)  # a division, which is done once and kept
         if PAGED:  # one step ahead: did the loads below depend on this one, only half as many would be in flight
-            blocks = _look_up(key + N, low, high, table, BLOCK, PAGED, DEAD)
+            blocks = _look_up(place, high, table, BLOCK, PAGED, DEAD)
         k_offsets = (block_id * stride_k_block + offset * stride_k_offset)[:, None] + d[None, :]
         v_offsets = (block_id * stride_v_block + offset * stride_v_offset)[:, None] + dv[None, :]
         k = _load(k_ptr + k_offsets, key < stop, d, MASKED, D, D_PAD)  # [N, D_PAD]
@@ -54,27 +56,29 @@ def walk(
 
 
 @triton.jit
-def _look_up(key, low, high, table, BLOCK: tl.constexpr, PAGED: tl.constexpr, DEAD: tl.constexpr):
-    """The block table's entries for positions key [N], those beyond the last taking the last's. Contiguous: the one."""
+def _wrap(key, low, high, DEAD: tl.constexpr):
+    """Where positions key [N] lie: dead ones wrap around inside the live ones, which takes a division.
+
+    Unsigned: divided by a power of two in one instruction.
+    """
+    return (low + (key - low) % tl.maximum(high - low, 1) if DEAD else key).to(tl.uint32)
+
+
+@triton.jit
+def _look_up(place, high, table, BLOCK: tl.constexpr, PAGED: tl.constexpr, DEAD: tl.constexpr):
+    """The block table's entries for `place` [N], those beyond the last taking the last's. Contiguous: the one."""
     if PAGED:
         last = tl.maximum(high, 1) - 1  # of a row of length 0, which fills up a batch: its first entry
-        return tl.load(table + _wrap(key if DEAD else tl.minimum(key, last), low, high, DEAD) // BLOCK)
+        return tl.load(table + (place if DEAD else tl.minimum(place, last.to(tl.uint32))) // BLOCK)
     else:
         return tl.load(table)
 
 
 @triton.jit
-def _address(key, blocks, low, high, BLOCK: tl.constexpr, PAGED: tl.constexpr, DEAD: tl.constexpr):
-    """Block id and offset of positions key [N]. Here and in _look_up lies all that tells paged from contiguous."""
-    key = _wrap(key, low, high, DEAD)
-    block_id = blocks if PAGED else blocks + (key // BLOCK).to(tl.int32)
-    return block_id.to(tl.int64), (key % BLOCK).to(tl.int32)
-
-
-@triton.jit
-def _wrap(key, low, high, DEAD: tl.constexpr):
-    """Dead positions wrap around inside the live ones. Unsigned: divided by a power of two in one instruction."""
-    return (low + (key - low) % tl.maximum(high - low, 1) if DEAD else key).to(tl.uint32)
+def _address(place, blocks, BLOCK: tl.constexpr, PAGED: tl.constexpr):
+    """Block id and offset of `place` [N]. Here and in _look_up lies all that tells paged from contiguous."""
+    block_id = blocks if PAGED else blocks + (place // BLOCK).to(tl.int32)
+    return block_id.to(tl.int64), (place % BLOCK).to(tl.int32)
 
 
 @triton.jit

@@ -16,15 +16,17 @@ def test_without_a_gpu_it_says_so_in_one_line(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("queries", [1, 32], ids=["decode", "prompt"])
-def test_what_is_measured_is_right(monkeypatch: pytest.MonkeyPatch, queries: int) -> None:
+@pytest.mark.parametrize(
+    ("queries", "padded"), [(1, False), (1, True), (32, False)], ids=["decode", "padded decode", "prompt"]
+)
+def test_what_is_measured_is_right(monkeypatch: pytest.MonkeyPatch, queries: int, padded: bool) -> None:
     def once(call: Callable[[], object]) -> float:
         call()
         return 1.0
 
     monkeypatch.setattr(bench, "median_us", once)
     floors, rows = timing.measure_floors("cpu", size=2**10, side=8, clock=once)
-    rows += bench.bench_attention("attention", bench.Shape(2, 4, 2, 32, 16), queries, floors, "cpu")
+    rows += bench.bench_attention("attention", bench.Shape(2, 4, 2, 32, 16, padded=padded), queries, floors, "cpu")
     rows += bench.bench_moves(bench.Shape(2, 2, 2, 32, 16), 2, floors, "cpu")
     rows += bench.bench_fused(floors, "cpu", 4, (8, 16, 64))
     variants = [row.variant for row in rows]
