@@ -164,6 +164,10 @@ HIDDEN_IMPORTS: dict[tuple[str, str], str] = {
     ("lab.workloads.traces", "pyarrow"): "only traces in Parquet need it",
     ("lab.workloads.traces", "pyarrow.parquet"): "the same",
     ("lab.run", "lab.real"): "it brings torch, which takes seconds and which the virtual clock does not need",
+    ("lab.models.loading", "lab.models"): "checkpoints bring transformers: seconds that random weights do without",
+    ("lab.models.names", "lab.models"): "SmolLM2's conversion brings it too",
+    ("lab.models.names", "lab.models.hub"): "the Hub's client, for a model of the Hub",
+    ("lab.bench.__main__", "lab.bench"): "it draws: a second of imports that would count as start-up",
 }
 
 

@@ -16,7 +16,7 @@ from lab.bench import cases
 from lab.bench.profile import Span, Watch, busy_us, by_kind
 from lab.core import InputError, Request
 from lab.executors.torch import TorchExecutor
-from lab.models.decoder import Decoder
+from lab.models.checkpoints import fuse
 from lab.shapes import shape
 
 torch.set_num_threads(1)
@@ -54,7 +54,7 @@ def tiny() -> TorchExecutor:
         num_attention_heads=2,
         max_position_embeddings=64,
     )
-    return TorchExecutor(Decoder(AutoModelForCausalLM.from_config(config).eval(), "tiny"), 2048 + 16)
+    return TorchExecutor(fuse(AutoModelForCausalLM.from_config(config).eval(), "tiny"), 2048 + 16)
 
 
 @pytest.mark.parametrize("depth", [0, 1])

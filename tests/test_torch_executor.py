@@ -20,7 +20,7 @@ from lab.executors.batch import lay_out
 from lab.executors.cache import HOST_SLAB, BlockMove, KVCache, free_bytes, independent, split
 from lab.executors.torch import TorchExecutor, compile_counter
 from lab.models import KVShape, LanguageModel
-from lab.models.decoder import Decoder
+from lab.models.checkpoints import fuse
 from lab.models.packed import PackedModel, implementation
 from lab.schedulers.continuous import Continuous
 
@@ -57,7 +57,7 @@ def model(theirs: Any, request: pytest.FixtureRequest) -> LanguageModel:
     """transformers' modules; our decoder; our decoder in steps that are prepared once, as on a GPU."""
     if request.param == "modules":
         return PackedModel(model_of(implementation(theirs.config)).to(DEVICE), "tiny")
-    return Decoder(model_of("eager").to(DEVICE), request.param)
+    return fuse(model_of("eager").to(DEVICE), request.param)
 
 
 def executor_for(model: LanguageModel, tokens: int, poison: bool = False) -> TorchExecutor:

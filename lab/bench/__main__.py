@@ -15,7 +15,6 @@ import torch
 
 import kernels.bench
 import lab.bench
-from lab.bench import regress
 from lab.bench.cases import CASES
 from lab.bench.profile import steps_of
 from lab.bench.workloads import Rows, first_token, laptop, startup, step, throughput
@@ -34,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(arguments: list[str]) -> int:
     if arguments and arguments[0] in REGRESS:
+        from lab.bench import regress  # draws: a second of imports, which would count as start-up below
+
         return regress.main(arguments)
     parser = Parser(
         prog="python -m lab.bench", description=lab.bench.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -51,10 +51,16 @@ def opt13b() -> list[Request]:
     return [replace(r, prompt=[token % vocabulary for token in r.prompt]) for r in requests_of(run)]
 
 
+def alone() -> list[Request]:
+    """One user, who waits for a long answer."""
+    return [Request(0, 0.0, [5] * 512, 256)]
+
+
 OPT = Case("opt-13b", opt13b, "15728")
 CASES = {
     "qwen3-0.6b": Case("qwen3-0.6b", nano, "90%", tokens=8192, peers="vLLM 0.24.0: 17,830 to 18,800"),
     "llama-3-8b": Case("llama-3-8b", nano, "90%", tokens=8192, peers="vLLM 0.24.0: 8,080"),
+    "qwen3-0.6b-alone": Case("qwen3-0.6b", alone, "20000"),
     "opt-13b": replace(OPT, peers="vLLM 0.24.0: 1,967 to 1,980, 423 preemptions"),
     "opt-13b-eager-admission": replace(OPT, watermark=0.0),
     "opt-13b-contiguous-max": replace(OPT, allocator="contiguous-max"),

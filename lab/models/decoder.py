@@ -1,9 +1,9 @@
-"""A decoder of our own, fused for speed: one definition, whose families are rows of a table.
+"""A decoder of our own, fused for speed: one definition, whose families are rows of a table (`families.py`).
 
-It takes its weights out of transformers' module and computes the same logits in fewer passes over memory: one matrix
-product for query, key and value, one for gate and up; the residual sum inside the norm; rotation, query and key norms
-and the store of K and V in one kernel. A layer is nine launches, with nothing on the host in between, so that a whole
-step can be captured as a CUDA graph. What a row of the table cannot say is left to `packed.py`.
+It takes weights by transformers' names and computes the same logits in fewer passes over memory: one matrix product for
+query, key and value, one for gate and up; the residual sum inside the norm; rotation, query and key norms and the store
+of K and V in one kernel. A layer is nine launches, with nothing on the host in between, so that a whole step can be
+captured as a CUDA graph. What a row of the table cannot say is left to `packed.py`.
 
     x -- norm -- qkv -- rotate and store -- attention -- out --+-- norm -- gate, up -- silu x up -- down --+--
       \\_______________________________________________________/ \\_______________________________________/
@@ -11,82 +11,17 @@ step can be captured as a CUDA graph. What a row of the table cannot say is left
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from lab.models import KVShape, Packed
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """What transformers calls the weights of a family. Norms without a bias are RMSNorm, with one LayerNorm."""
-
-    embed: str
-    layer: str  # of layer {}
-    first_norm: str  # before attention
-    qkv: tuple[str, ...]
-    out: str
-    second_norm: str  # before the MLP
-    up: tuple[str, ...]  # gate and up where there are two
-    down: str
-    last_norm: str
-    positions: str = ""  # learned; else they are rotations
-    skipped: int = 0  # rows of the position table that stand before position 0
-    transposed: bool = False  # matrices are [in, out]
-
-
-LLAMA = Family(
-    embed="model.embed_tokens",
-    layer="model.layers.{}.",
-    first_norm="input_layernorm",
-    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    out="self_attn.o_proj",
-    second_norm="post_attention_layernorm",
-    up=("mlp.gate_proj", "mlp.up_proj"),
-    down="mlp.down_proj",
-    last_norm="model.norm",
-)
-OPT = Family(
-    embed="model.decoder.embed_tokens",
-    positions="model.decoder.embed_positions",
-    skipped=2,
-    layer="model.decoder.layers.{}.",
-    first_norm="self_attn_layer_norm",
-    qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    out="self_attn.out_proj",
-    second_norm="final_layer_norm",
-    up=("fc1",),
-    down="fc2",
-    last_norm="model.decoder.final_layer_norm",
-)
-GPT2 = Family(
-    embed="transformer.wte",
-    positions="transformer.wpe",
-    layer="transformer.h.{}.",
-    first_norm="ln_1",
-    qkv=("attn.c_attn",),
-    out="attn.c_proj",
-    second_norm="ln_2",
-    up=("mlp.c_fc",),
-    down="mlp.c_proj",
-    last_norm="transformer.ln_f",
-    transposed=True,
-)
-FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA, "opt": OPT, "gpt2": GPT2}
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu_,
-    "gelu": F.gelu,
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-}
-FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")  # those whose angles do not depend on the context's length
+from lab.models import Packed
+from lab.models.families import ACTIVATIONS, HEAD, Anatomy, Family
 
 
 class Weights(NamedTuple):
@@ -108,47 +43,25 @@ class Layer(NamedTuple):
     window: int | None
 
 
-def covers(config: Any) -> bool:
-    """Can a row of the table say all there is to say about this architecture?"""
-    if config.model_type not in FAMILIES:
-        return False
-    family = FAMILIES[config.model_type]
-    if family is LLAMA:
-        rotation = config.rope_parameters or {}
-        whole = rotation.get("partial_rotary_factor") in (None, 1.0)
-        return config.hidden_act == "silu" and rotation.get("rope_type") in FIXED_ROTATIONS and whole
-    if config.activation_function not in ACTIVATIONS:
-        return False
-    if config.model_type == "opt":
-        plain = config.do_layer_norm_before and not getattr(config, "_remove_final_layer_norm", False)
-        return plain and config.word_embed_proj_dim == config.hidden_size and config.layer_norm_elementwise_affine
-    return not (config.scale_attn_by_inverse_layer_idx or config.add_cross_attention) and config.scale_attn_weights
-
-
 class Decoder:
-    """A `LanguageModel` with the weights of a transformers module, which is empty afterwards: they are moved."""
+    """A `LanguageModel`. It takes `tensors`, weights by name, out of the dictionary, which is empty afterwards."""
 
     capturable = True
 
-    def __init__(self, module: Any, name: str, eos: tuple[int, ...] = ()) -> None:
-        config, family = module.config, FAMILIES[module.config.model_type]
-        assert covers(config), f"{name}: a decoder of another kind"
+    def __init__(self, anatomy: Anatomy, tensors: dict[str, Tensor], name: str, eos: tuple[int, ...] = ()) -> None:
+        family, embed = anatomy.family, tensors[f"{anatomy.family.embed}.weight"]
         self.name = name
         self.eos = eos
-        self.vocab_size: int = config.vocab_size
-        self.max_length: int = config.max_position_embeddings
-        self.dtype: torch.dtype = module.dtype
-        self.device: torch.device = module.device
-        heads = config.num_attention_heads
-        head_dim, kv_heads = config.hidden_size // heads, heads
-        if family is LLAMA:  # the others have no such settings
-            head_dim, kv_heads = getattr(config, "head_dim", None) or head_dim, config.num_key_value_heads or heads
-        self.kv = KVShape(config.num_hidden_layers, kv_heads, head_dim, head_dim)
-        self.eps: float = getattr(config, "rms_norm_eps", getattr(config, "layer_norm_epsilon", 1e-5))
-        self._activate = None if family is LLAMA else ACTIVATIONS[config.activation_function]
+        self.vocab_size = anatomy.vocab_size
+        self.max_length = anatomy.max_length
+        self.dtype: torch.dtype = embed.dtype
+        self.device: torch.device = embed.device
+        self.kv = anatomy.kv
+        self.eps = anatomy.eps
+        self._activate = ACTIVATIONS[anatomy.activation] if len(family.up) == 1 else None
         self._ops = kernels.for_device(self.device)
-        self._rotation = None if family.positions else _rotation(module, self.max_length)
-        self._collect(module, family)
+        self._rotation = anatomy.rotation
+        self._collect(tensors, family, anatomy.windows)
 
     def logits(self, batch: Packed, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         """Store K and V of every token in [layers, num_blocks, block, Hk, D]; return logits [S, vocab_size]."""
@@ -179,17 +92,13 @@ class Decoder:
         up = F.linear(h, *layer.up)  # [T, intermediate], or twice that
         return F.linear(ops.silu_and_mul(up) if self._activate is None else self._activate(up), *layer.down)
 
-    def _collect(self, module: Any, family: Family) -> None:
-        parameters = dict(module.named_parameters(remove_duplicate=False))
-        tied = parameters["lm_head.weight"] is parameters[f"{family.embed}.weight"]
+    def _collect(self, tensors: dict[str, Tensor], family: Family, windows: tuple[int | None, ...]) -> None:
+        tied = tensors[f"{HEAD}.weight"] is tensors[f"{family.embed}.weight"]
 
         def take(name: str, transposed: bool = False) -> Tensor | None:
-            """Its memory leaves the module, so that at no time there are two copies of the whole model."""
-            if name not in parameters:
-                return None
-            parameter = parameters[name]
-            data, parameter.data = parameter.data, parameter.data.new_empty(0)
-            return data.t().contiguous() if transposed else data
+            """Whoever joins several lets go of them, so that at no time there are two copies of the whole model."""
+            tensor = tensors.pop(name, None)
+            return tensor.t().contiguous() if transposed and tensor is not None else tensor
 
         def weights(*names: str, matrix: bool = False) -> Weights:
             found = [take(f"{name}.weight", matrix and family.transposed) for name in names]
@@ -198,33 +107,31 @@ class Decoder:
             assert len(together) == len(names), f"{self.name}: no weights called {names}"
             return Weights(_join(together), _join(biases) if biases else None)
 
-        def layer(i: int, attention: Any) -> Layer:
+        def layer(i: int, window: int | None) -> Layer:
             prefix = family.layer.format(i)
             matrix = partial(weights, matrix=True)
             return Layer(
                 first_norm=weights(prefix + family.first_norm),
                 qkv=matrix(*(prefix + name for name in family.qkv)),
-                q_norm=take(prefix + "self_attn.q_norm.weight"),
-                k_norm=take(prefix + "self_attn.k_norm.weight"),
+                q_norm=take(f"{prefix}{family.q_norm}.weight"),
+                k_norm=take(f"{prefix}{family.k_norm}.weight"),
                 out=matrix(prefix + family.out),
                 second_norm=weights(prefix + family.second_norm),
                 up=matrix(*(prefix + name for name in family.up)),
                 down=matrix(prefix + family.down),
-                window=getattr(attention, "sliding_window", getattr(module.config, "sliding_window", None)),
+                window=window,
             )
 
-        layers = module.get_submodule(family.layer.partition(".{}")[0])
-        self._layers = [layer(i, getattr(each, "self_attn", None)) for i, each in enumerate(layers)]
+        self._layers = [layer(i, window) for i, window in enumerate(windows)]
         positions = take(f"{family.positions}.weight") if family.positions else None
         self._positions = None if positions is None else positions[family.skipped :]
         embed = take(f"{family.embed}.weight")
-        head = embed if tied else take("lm_head.weight")
+        head = take(f"{HEAD}.weight")
         assert embed is not None
         assert head is not None
         self._embed, self._head = embed, head
         self._last_norm = weights(family.last_norm)
-        left = [name for name, parameter in parameters.items() if parameter.numel()]
-        assert not left, f"{self.name}: weights that the decoder has no place for: {left}"
+        assert not tensors, f"{self.name}: weights that the decoder has no place for: {list(tensors)}"
         kept = [self._embed, self._positions, *self._last_norm, *([] if tied else [self._head])]
         for each in self._layers:
             kept += [each.q_norm, each.k_norm, *chain(*(part for part in each if isinstance(part, Weights)))]
@@ -233,11 +140,3 @@ class Decoder:
 
 def _join(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _rotation(module: Any, max_length: int) -> Tensor:
-    """Cosines, then sines, of the angles that each position turns a head by: float32 [max_length, head_dim]."""
-    rotary = module.model.rotary_emb
-    positions = torch.arange(max_length, device=module.device, dtype=torch.float32)
-    angles = positions[:, None] * rotary.inv_freq.to(module.device, torch.float32)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1) * rotary.attention_scaling

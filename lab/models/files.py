@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -11,6 +12,7 @@ from lab.core import InputError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+GGUF_VERSIONS = (2, 3)
 
 
 def check_folder(folder: Path) -> None:
@@ -71,3 +73,14 @@ def first_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     text = lines[0].strip() if lines else ""
     return text[:160] or type(error).__name__
+
+
+def check_gguf(path: Path) -> None:
+    """The first 8 bytes: what else is wrong shows while the file is parsed."""
+    with path.open("rb") as file:
+        head = file.read(8)
+    if len(head) < 8 or head[:4] != b"GGUF":
+        raise InputError(f"model {str(path)!r}: does not start with 'GGUF', as GGUF files do: fetch it again")
+    (version,) = struct.unpack("<I", head[4:])
+    if version not in GGUF_VERSIONS:
+        raise InputError(f"model {str(path)!r}: GGUF version {version}, but only 2 and 3 can be read: convert it again")

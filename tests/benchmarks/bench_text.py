@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from lab.bench.cases import Case, executor_for, serve
 from lab.core import Request
 from lab.executors.torch import TorchExecutor
-from lab.models.decoder import Decoder
+from lab.models.checkpoints import fuse
 
 TINY = LlamaConfig(
     vocab_size=256,
@@ -30,7 +30,7 @@ def test_output(timed: Any, device: str) -> None:
     """A tiny Llama on a CPU, where most is overhead; Qwen3-0.6B's shape on a GPU. Random weights."""
     count, prompt, output = SIZES[device]
     if device == "cpu":
-        executor = TorchExecutor(Decoder(AutoModelForCausalLM.from_config(TINY).eval(), "tiny"), 2048)
+        executor = TorchExecutor(fuse(AutoModelForCausalLM.from_config(TINY).eval(), "tiny"), 2048)
     else:
         executor = executor_for(QWEN, device)
     requests = [Request(i, 0.0, [5 + i] * prompt, output) for i in range(count)]

@@ -12,7 +12,7 @@ from lab.executors.batch import lay_out
 from lab.executors.cache import KVCache
 from lab.models import LanguageModel
 from lab.models.architectures import PROVEN, REFUSED, check_architecture
-from lab.models.decoder import FAMILIES, covers
+from lab.models.families import FAMILIES, covers
 from lab.models.packed import PackedModel
 
 BLOCK = 4

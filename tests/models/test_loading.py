@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from kernels.ragged import Ragged
 from lab import shapes
 from lab.core import InputError
 from lab.executors.cache import KVCache
-from lab.models import KVShape, LanguageModel, Packed, smollm2
+from lab.models import KVShape, LanguageModel, Packed, drawn, smollm2
 from lab.models.architectures import REFUSED
 from lab.models.decoder import Decoder
 from lab.models.device import check_device, check_heads, check_type
@@ -258,6 +259,38 @@ def test_random_weights() -> None:
     assert model.eos == ()
     with pytest.raises(InputError, match="no tokenizer"):
         load_tokenizer("random")
+
+
+def shrunk(shape: shapes.ModelShape) -> shapes.ModelShape:
+    """The same family and options in little."""
+    positions = 66 if shape.learned_positions else 0
+    small: Any = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 4 if shape.biases else 2, "head_dim": 8}
+    return replace(shape, **small, intermediate=48, vocab=100, max_length=64, learned_positions=positions)
+
+
+@pytest.mark.parametrize("shape", shapes.SHAPES.values(), ids=shapes.SHAPES)
+def test_random_weights_fit_transformers_modules(shape: shapes.ModelShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name and size, all of them; and both ways of computing make the same of them."""
+    monkeypatch.setitem(shapes.SHAPES, "small", shrunk(shape))
+    monkeypatch.setattr(drawn, "SPREAD", 0.2)  # so that every weight shows in the logits
+    ours, modules = (load("random:small", fused=fused, seed=3) for fused in (True, False))
+    assert isinstance(ours, Decoder)
+    assert isinstance(modules, PackedModel)
+    assert (ours.kv, ours.vocab_size, ours.max_length) == (modules.kv, modules.vocab_size, modules.max_length)
+    assert packed_logits(modules).std() > 0.1
+    torch.testing.assert_close(packed_logits(ours), packed_logits(modules), atol=1e-5, rtol=0)
+
+
+def test_random_weights_wait_for_no_slow_import() -> None:
+    """Seconds of the start: what a model of our own decoder has no use for stays out of the process."""
+    code = "import sys; from lab import LLM; LLM('random', kv_memory=64); print(*sys.modules)"
+    loaded = set(
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    )
+    assert "lab.models.decoder" in loaded
+    assert loaded.isdisjoint(
+        {"transformers", "torch._dynamo", "torch.distributed.tensor", "matplotlib", "huggingface_hub"}
+    )
 
 
 def test_random_weights_are_those_of_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:

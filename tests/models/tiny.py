@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from lab.models.checkpoints import fuse
 from lab.models.decoder import Decoder
 from lab.models.packed import PackedModel, implementation
 
@@ -82,7 +83,7 @@ def pair(kind: str, **other: Any) -> tuple[Any, PackedModel]:
 def fused(kind: str, **other: Any) -> tuple[Any, Decoder]:
     """The same with our own decoder, which takes the weights out of a module of its own."""
     theirs = build(tiny_config(kind, **other), "eager")
-    return theirs, Decoder(build(tiny_config(kind, **other), "eager", theirs.state_dict()), f"tiny {kind}", (2,))
+    return theirs, fuse(build(tiny_config(kind, **other), "eager", theirs.state_dict()), f"tiny {kind}", (2,))
 
 
 @torch.inference_mode()
