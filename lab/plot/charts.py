@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -119,6 +119,11 @@ def bars(
     return figure
 
 
+def _number(value: float) -> str:
+    """Three digits, but no power of ten."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def heat(
     tables: Mapping[str, pd.DataFrame],
     header: Mapping[str, Any],
@@ -126,6 +131,7 @@ def heat(
     *,
     spread: Mapping[str, pd.DataFrame] | None = None,
     seeds: Seq[int] = (0,),
+    number: Callable[[float], str] = _number,
 ) -> Figure:
     """Each table as a map, one beside the other: its index down, its columns across, `spread` below each number."""
     with mpl.rc_context(FONT):
@@ -138,9 +144,9 @@ def heat(
             image = axes.imshow(values, cmap="cividis", aspect="auto")
             for i, j in np.ndindex(values.shape):
                 if not np.isnan(values[i, j]):
-                    text = _number(values[i, j])
+                    text = number(values[i, j])
                     if spread is not None and name in spread:
-                        text += f"\n±{_number(float(spread[name].iat[i, j]))}"
+                        text += f"\n±{number(float(spread[name].iat[i, j]))}"
                     light = image.norm(values[i, j]) < 0.5
                     axes.text(j, i, text, ha="center", va="center", fontsize=7.5, color="white" if light else INK)
             axes.set_xticks(range(len(table.columns)), [str(c) for c in table.columns], rotation=20, ha="right")
@@ -149,11 +155,6 @@ def heat(
             axes.tick_params(length=0)
         entitle(figure, row[0], title, header, seeds_of(pd.Series(list(seeds))))
     return figure
-
-
-def _number(value: float) -> str:
-    """Three digits, but no power of ten."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def _curves(axes: Axes, rows: pd.DataFrame, x: str, y: str, by: str, policies: Mapping[str, str]) -> None:
