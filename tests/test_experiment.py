@@ -18,8 +18,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
+import lab.experiment
 import lab.processes
 from experiments import fragmentation
+from lab.core import InputError
 from lab.experiment import main, names
 from lab.record import Record
 from lab.run import Run, carry_out
@@ -230,6 +232,25 @@ def test_on_a_terminal_there_is_a_bar(
 
 
 # -- found again, interrupted, run again
+
+
+def test_records_are_drawn_where_their_device_is_not(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is of what a GPU left, carried to a laptop: only what is still to be run is checked."""
+    assert command("--allocator", "paged") == 0
+    checked: list[str] = []
+
+    def refuse(run: Run) -> None:
+        checked.append(run.allocator)
+        raise InputError("device 'cuda': this machine has none: give cpu")
+
+    monkeypatch.setattr(lab.experiment, "check", refuse)
+    assert command("--allocator", "paged") == 0
+    assert not checked
+    assert command("--allocator", "paged", "--fresh") == 2
+    assert command("--allocator", "paged,paged-max") == 2
+    assert checked == ["paged", "paged-max"]
 
 
 def test_finished_runs_are_found_again(

@@ -46,7 +46,8 @@ def fuse(module: Any, name: str, eos: tuple[int, ...] = ()) -> Decoder:
     else:
         activation = config.activation_function
     layers = module.get_submodule(family.layer.partition(".{}")[0])
-    window = getattr(config, "sliding_window", None)
+    # Qwen's layers know their own; of the others only Mistral's heed the setting, which any configuration may have.
+    window = config.sliding_window if config.model_type == "mistral" else None
     length, rotation = config.max_position_embeddings, None
     if not family.positions:
         rotary = module.model.rotary_emb

@@ -39,8 +39,8 @@ def draw(shape: ModelShape, device: torch.device, dtype: torch.dtype, seed: int)
     family, chance = FAMILIES[shape.family], torch.Generator(device).manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for name, size in _weights(shape):
-        weight = torch.ones(size, device=device, dtype=dtype)
-        tensors[f"{name}.weight"] = weight.normal_(0, SPREAD, generator=chance) if len(size) > 1 else weight
+        weight = torch.empty(size, device=device, dtype=dtype)
+        tensors[f"{name}.weight"] = weight.normal_(0, SPREAD, generator=chance) if len(size) > 1 else weight.fill_(1)
         if shape.biases and name not in (family.embed, family.positions, HEAD):
             tensors[f"{name}.bias"] = torch.zeros(size[0], device=device, dtype=dtype)
     if shape.tied:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
@@ -18,7 +18,10 @@ from lab.serve.errors import ApiError, documented, handle_errors
 from lab.serve.guard import Guard
 from lab.view import live_page
 
-VERSION = version("kvlab")
+try:
+    VERSION = version("kvlab")
+except PackageNotFoundError:
+    VERSION = "not installed"  # but run from its folder
 FRESH = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 

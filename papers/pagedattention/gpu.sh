@@ -23,7 +23,7 @@ parts=" tests serve tune bench throughput step profile startup quick fragmentati
 for part in "$@"; do
   [[ "$parts" == *" $part "* ]] || { echo "part $part is unknown: give some of$parts"; exit 2; }
 done
-export PYTHONPATH=. HF_HUB_OFFLINE=1 # and KVLAB_REVISION where the copy has no .git
+export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 # and KVLAB_REVISION where the copy has no .git
 results=results/gpu
 status=0
 mkdir -p "$out" "$results"

@@ -126,6 +126,9 @@ YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_p
         ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
         ("llama", {"rope_parameters": SCALED | {"original_max_position_embeddings": 32}}),
         ("llama", {"rope_parameters": YARN}),
+        ("llama", {"sliding_window": 4}),  # which transformers ignores
+        ("opt", {"sliding_window": 4}),
+        ("gpt2", {"sliding_window": 4}),
         ("mistral", {"sliding_window": 1}),
         ("mistral", {"sliding_window": None}),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),

@@ -205,3 +205,12 @@ def test_help_teaches() -> None:
     for word in ("curl http://127.0.0.1:8000/v1/chat/completions", "OpenAI(base_url=", "/metrics", "429", "SIGTERM"):
         assert word in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 120
+
+
+def test_it_needs_no_installation() -> None:
+    """Out of its folder, with the packages that it wants beside it, as where nothing can be installed."""
+    code = "import importlib.metadata as m; found = m.version\n"
+    code += "def version(name):\n    if name == 'kvlab': raise m.PackageNotFoundError(name)\n    return found(name)\n"
+    code += "m.version = version\nfrom lab.serve.app import VERSION\nprint(VERSION)"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout == "not installed\n"
