@@ -490,7 +490,7 @@ def test_trace_with_too_few_rows(tmp_path: Path) -> None:
         ("gone.csv", None, "does not exist"),
         ("gone.jsonl", None, "does not exist"),
         ("plain.csv.gz", b"prompt_tokens,output_tokens\n1,2\n", "no complete gzip file"),
-        ("cut.csv.gz", gzip.compress(HEADER.encode() * 9)[:-12], "no complete gzip file"),
+        ("cut.csv.gz", gzip.compress(HEADER.encode() * 9, mtime=0)[:-12], "no complete gzip file"),
         ("latin.csv", b"prompt_tokens,output_tokens\n\xe9,2\n", "not UTF-8"),
         ("nul.csv", b"prompt_tokens,output_tokens\n3,\x00\n", "nul.csv line 2"),
     ],
