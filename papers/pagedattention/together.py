@@ -36,7 +36,7 @@ OPTIONS = {  # OPT-13B's shape, random weights, 12 GiB pool; fragmentation and c
     "capacity": "--device cuda --workload sharegpt --system vllm,orca-oracle,orca-max --duration 300 --seeds 0",
     "growth": "--device cuda --seeds 0",
     "gap": "--device cuda --seeds 0",
-    "systems": "--device cuda --seeds 0",
+    "systems": "--device cuda --arrivals all --seeds 0",
     "fidelity": "--device cuda --seeds 0",
 }
 
