@@ -109,6 +109,20 @@ def check_silu(gate_up: Tensor) -> None:
         )
 
 
+def check_row(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: Tensor | None, gated: bool, residual: Tensor | None
+) -> None:
+    _check_rows("x", x)
+    if len(x) != 1:
+        raise ValueError(f"x {list(x.shape)}: a row alone; multiply several with torch.nn.functional.linear")
+    if weight.ndim != 2 or (gated and weight.shape[0] % 2):
+        raise ValueError(f"weight {list(weight.shape)}: pass [out, in]; gated: [2 * out, in], gates first")
+    _check_parts("x", x, (weight.shape[0], x.shape[1]), weight=weight)
+    _check_parts("x", x, weight.shape[:1], bias=bias)
+    _check_parts("x", x, x.shape[1:], norm=norm)
+    _check_parts("x", x, (1, weight.shape[0] // (1 + gated)), residual=residual)
+
+
 def check_rotate(
     qkv: Tensor,
     q_norm: Tensor | None,

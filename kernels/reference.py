@@ -8,9 +8,18 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import layer_norm, linear, scaled_dot_product_attention, silu
 
-from kernels.checks import check_attention, check_copy, check_norm, check_rotate, check_sample, check_silu, check_store
+from kernels.checks import (
+    check_attention,
+    check_copy,
+    check_norm,
+    check_rotate,
+    check_row,
+    check_sample,
+    check_silu,
+    check_store,
+)
 from kernels.ragged import Ragged
 
 MAX_LOGITS = 2**26  # computed at a time: 256 MiB of float32
@@ -209,6 +218,27 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     check_silu(gate_up)
     gate, up = gate_up.float().chunk(2, -1)
     return (silu(gate) * up).to(gate_up.dtype)
+
+
+def row_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """x [1, K] times weight [N, K], plus bias [N] -> [1, N]. One row alone, so that a kernel can do all of it at once.
+
+    Before: an RMSNorm of x, with weights `norm` [K]. After: SwiGLU, where weight is [2 N, K], gates first; and the sum
+    with `residual` [1, N], which changes in place and is what returns. Rounded where each of these rounds, or less often.
+    """
+    check_row(x, weight, bias, norm, gated, residual)
+    out = linear(x if norm is None else _rms_norm(x, norm, eps), weight, bias)
+    out = silu_and_mul(out) if gated else out
+    return out if residual is None else residual.add_(out)
 
 
 def sample(logits: Tensor, temperature: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

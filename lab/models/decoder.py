@@ -21,7 +21,7 @@ from torch import Tensor
 
 import kernels
 from lab.models import Packed
-from lab.models.families import ACTIVATIONS, HEAD, Anatomy, Family
+from lab.models.families import ACTIVATIONS, HEAD, LLAMA, Anatomy, Family
 
 
 class Weights(NamedTuple):
@@ -59,6 +59,7 @@ class Decoder:
         self.kv = anatomy.kv
         self.eps = anatomy.eps
         self._activate = ACTIVATIONS[anatomy.activation] if len(family.up) == 1 else None
+        self._rms = family is LLAMA  # norms and gates as `row_product` has them
         self._ops = kernels.for_device(self.device)
         self._rotation = anatomy.rotation
         self._collect(tensors, family, anatomy.windows)
@@ -69,6 +70,8 @@ class Decoder:
             residual = F.embedding(batch.token_ids, self._embed)  # [T, hidden]
             if self._positions is not None:
                 residual += F.embedding(batch.positions, self._positions)
+            if self._rms and len(batch.token_ids) == len(batch.sampled) == 1:
+                return self._alone(residual, batch, k_cache, v_cache)
             x: Tensor | None = None
             for i, layer in enumerate(self._layers):
                 x = self._layer(layer, x, residual, batch, k_cache[i], v_cache[i])
@@ -91,6 +94,20 @@ class Decoder:
         h = ops.norm(F.linear(attended.flatten(1), *layer.out), *layer.second_norm, eps, residual)
         up = F.linear(h, *layer.up)  # [T, intermediate], or twice that
         return F.linear(ops.silu_and_mul(up) if self._activate is None else self._activate(up), *layer.down)
+
+    def _alone(self, residual: Tensor, batch: Packed, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """The same for a single token [1, hidden]: all of a layer but attention goes along with reading its weights."""
+        ops, scale = self._ops, self.kv.head_dim**-0.5
+        product = partial(ops.row_product, eps=self.eps)
+        for layer, k, v in zip(self._layers, k_cache, v_cache, strict=True):
+            qkv = product(residual, *layer.qkv, norm=layer.first_norm.weight)
+            norms = (layer.q_norm, layer.k_norm, self.eps, self._rotation)
+            q = ops.rotate_and_store(qkv, *norms, batch.positions, batch.slots, k, v)
+            attended = ops.attention(q, k, v, batch.ragged, scale=scale, window=layer.window)
+            product(attended.flatten(1), *layer.out, residual=residual)
+            up = product(residual, *layer.up, norm=layer.second_norm.weight, gated=True)
+            product(up, *layer.down, residual=residual)
+        return product(residual, self._head, norm=self._last_norm.weight)
 
     def _collect(self, tensors: dict[str, Tensor], family: Family, windows: tuple[int | None, ...]) -> None:
         tied = tensors[f"{HEAD}.weight"] is tensors[f"{family.embed}.weight"]

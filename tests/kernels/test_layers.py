@@ -165,6 +165,30 @@ def test_silu_and_mul(ops: ModuleType, size: int, dtype: torch.dtype) -> None:
     close(ops.silu_and_mul(gate_up), gate / (1 + (-gate).exp()) * up, 2)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "hidden"), [(1, 1), (77, 130), (96, 1024), (33, 3000), (4100, 2048)])
+@pytest.mark.parametrize("kind", ["plain", "bias", "norm", "gated", "residual", "all"])
+def test_row_product(ops: ModuleType, kind: str, size: int, hidden: int, dtype: torch.dtype) -> None:
+    everything, gated = kind == "all", kind in ("gated", "all")
+    x, weight = apart(random(1, hidden, dtype=dtype)), (random(size * (1 + gated), hidden) / hidden**0.5).to(dtype)
+    bias = random(len(weight), dtype=dtype) if everything or kind == "bias" else None
+    norm = random(hidden, dtype=dtype) if everything or kind == "norm" else None
+    residual = random(1, size, dtype=dtype) if everything or kind == "residual" else None
+    exact = x.double()
+    if norm is not None:
+        exact = exact / (exact.square().mean() + 1e-3).sqrt() * norm.double()
+    exact = exact @ weight.double().t()
+    exact = exact if bias is None else exact + bias.double()
+    exact = torch.nn.functional.silu(exact[:, :size]) * exact[:, size:] if gated else exact
+    exact = exact if residual is None else exact + residual.double()
+    before = x.clone()
+    out = ops.row_product(x, weight, bias, norm=norm, eps=1e-3, gated=gated, residual=residual)
+    assert torch.equal(x, before)
+    assert residual is None or out.data_ptr() == residual.data_ptr()
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), exact, rtol=4 * eps, atol=max(8 * eps, 1e-5))
+
+
 def test_nothing_to_do(ops: ModuleType) -> None:
     none, weight, cache = random(0, 16), random(16), random(2, 4, 1, 4)
     places = torch.zeros(0, dtype=torch.int64, device=DEVICE)
@@ -190,6 +214,16 @@ def test_what_is_not_supported_is_named(ops: ModuleType) -> None:
         ops.norm(x, weight, weight.half(), 1e-5)
     with pytest.raises(ValueError, match=r"residual torch.float32 \[2, 16\]"):
         ops.norm(x, weight, None, 1e-5, x[:2])
+    with pytest.raises(ValueError, match=r"x \[3, 16\]: a row alone"):
+        ops.row_product(x, random(4, 16))
+    with pytest.raises(ValueError, match=r"weight \[3, 16\]: .* gates first"):
+        ops.row_product(x[:1], x, gated=True)
+    with pytest.raises(ValueError, match=r"weight torch.float32 \[4, 15\]"):
+        ops.row_product(x[:1], random(4, 15))
+    with pytest.raises(ValueError, match=r"norm torch.float32 \[3\]"):
+        ops.row_product(x[:1], random(4, 16), norm=weight[:3])
+    with pytest.raises(ValueError, match=r"residual torch.float32 \[1, 3\]"):
+        ops.row_product(x[:1], random(4, 16), residual=random(1, 3))
     with pytest.raises(ValueError, match=r"gate_up \[3, 15\]: as many gates"):
         ops.silu_and_mul(x[:, :15])
     with pytest.raises(ValueError, match=r"qkv is torch\.float16, its cache torch\.float32"):

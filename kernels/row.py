@@ -1,0 +1,99 @@
+"""The matrix product of a single row with what comes before and after it, in Triton: a decode that is alone.
+
+With one row there is nothing to multiply twice. Every weight is read once, for two operations, so that
+
+    time = bytes of the weight / memory bandwidth        1024 x 3072 in bfloat16: 6 MiB, 2 us on an H100
+
+and what comes before and after takes no time of its own as long as it needs no launch of its own: a launch costs as much
+as reading 6 MiB. So a layer is six launches in place of ten:
+
+    residual -- norm, qkv -- rotate and store -- attention -- out, + residual -- norm, gate, up, SwiGLU -- down, + residual
+
+The root mean square is one number, which may as well divide the sum as each term of it. So every program computes it
+again, of the row that it has to read anyway, in the loop that multiplies.
+"""
+
+# mypy: disallow-untyped-defs=False
+# Triton types the arguments of its kernels itself.
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.checks import check_row
+
+SHORT = 8 * 2**20  # weights: a matrix with fewer has few rows for each program, so that all of the GPU reads
+
+
+# fmt: off
+@triton.jit(do_not_specialize=["size"])
+def row_kernel(
+    x_ptr, weight_ptr, bias_ptr, norm_ptr, residual_ptr, out_ptr,  # [K], [N, K], [N], [K], [N], [N]; GATED: 2 N weights
+    eps, size,  # size: N
+    K: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):
+    """One program computes ROWS of the N numbers."""
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = n < size
+    weight_ptr += n.to(tl.int64)[:, None] * K
+    second_ptr = weight_ptr + size.to(tl.int64) * K
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    second = tl.zeros([ROWS, COLUMNS], tl.float32)
+    squares = tl.zeros([COLUMNS], tl.float32)
+    for start in tl.static_range(0, K, COLUMNS):
+        k = start + tl.arange(0, COLUMNS)
+        read = inside[:, None] & (k < K)[None, :]
+        x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+        if norm_ptr is not None:
+            squares += x * x
+            x *= tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+        total += tl.load(weight_ptr + k[None, :], mask=read, other=0.0).to(tl.float32) * x[None, :]
+        if GATED:
+            second += tl.load(second_ptr + k[None, :], mask=read, other=0.0).to(tl.float32) * x[None, :]
+    scale = 1.0
+    if norm_ptr is not None:
+        scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+    out = tl.sum(total, 1) * scale  # [ROWS]
+    if bias_ptr is not None:
+        out += tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        up = tl.sum(second, 1) * scale
+        if bias_ptr is not None:
+            up += tl.load(bias_ptr + size + n, mask=inside, other=0.0).to(tl.float32)
+        out *= tl.sigmoid(out) * up
+    if residual_ptr is not None:
+        out += tl.load(residual_ptr + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + n, out.to(out_ptr.dtype.element_ty), mask=inside)
+# fmt: on
+
+
+@functools.cache
+def specialise_row(size: int, hidden: int, gated: bool) -> dict[str, int]:
+    """Compile-time constants and warps, by shape; `kernels.compile_ahead` compiles these."""
+    columns = min(1024, triton.next_power_of_2(hidden))
+    rows = 4 if size * hidden < SHORT else 8
+    return {"K": hidden, "GATED": gated, "ROWS": rows // (1 + gated), "COLUMNS": columns, "num_warps": 4}
+
+
+def row_product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """As `kernels.reference.row_product`, in one launch."""
+    check_row(x, weight, bias, norm, gated, residual)
+    hidden, size = weight.shape[1], weight.shape[0] // (1 + gated)
+    out = x.new_empty(1, size) if residual is None else residual
+    constants = specialise_row(size, hidden, gated)
+    with torch.cuda.device_of(x):
+        grid = (triton.cdiv(size, constants["ROWS"]),)
+        row_kernel[grid](x, weight, bias, norm, residual, out, eps, size, **constants)
+    return out
