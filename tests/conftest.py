@@ -1,7 +1,7 @@
 """One hypothesis profile for everybody: the same examples on every machine and run, and no deadline on slow ones.
 
-Processes that run tests side by side share the cores, as do the processes that they start: torch would take them all
-in each, and reads how many it may have when it is imported.
+Processes that run tests side by side share the cores, as do those that they start. Torch would take all cores in each,
+and threads that wait for one without a core slow everything down many times; it reads its share when it is imported.
 
 Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before anything imports Triton.
 """
