@@ -98,9 +98,7 @@ def runs(options: Options) -> list[Run]:
 
 
 def row(run: Run, record: Record) -> dict[str, Any]:
-    compiled = record.steps[record.steps["compiled"]][["start_s", "end_s"]].sum()
-    compiling_s = compiled["end_s"] - compiled["start_s"]
-    return {"clock": "measured", **_identity(run), **_measures(record), "compiling_s": compiling_s}
+    return {"clock": "measured", **_identity(run), **_measures(record), "compiling_s": metrics.compiling_s(record)}
 
 
 def measure(options: Options, places: Mapping[Run, Path], once: Once) -> tuple[list[Row], dict[str, Any]]:

@@ -6,7 +6,8 @@ not printed. What is printed of the same machine is where the batches end: figur
 
 Ours: Poisson arrivals (ShareGPT) at rates from a trickle to an overload, cut off at the end, the first third left out.
 Each iteration is a sample: sequences running, bytes held (weights, and what the allocator has handed out), tokens
-sampled, seconds taken; samples of a batch size are summed over the rates. Only iterations in which memory keeps nobody
+sampled, seconds taken; samples of a batch size are summed over the rates. One in which a kernel was compiled says
+nothing about serving and is left out. Only iterations in which memory keeps nobody
 out, and none gives way, make the curve, of runs in which that is most of them: there the load sets the batch, its
 sequences are of all ages, and a batch is not small because they are long. (As a queue runs empty, the last of a batch
 are its longest outputs: memory per sequence would be overstated. In an overload memory is full, so that few run where
@@ -101,7 +102,7 @@ def _split(run: Run, record: Record) -> tuple[pd.DataFrame, pd.DataFrame]:
     In an overload the few without pressure are those that have just admitted a prompt: no measure of the throughput.
     """
     steps = during(record.steps, None if run.arrivals == "all" else window(run, record))
-    steps = steps[(steps["running"] > 0) & (steps["end_s"] > steps["start_s"])]
+    steps = steps[(steps["running"] > 0) & (steps["end_s"] > steps["start_s"]) & ~steps["compiled"]]
     pressed = (steps["blocked"] > 0) | (steps["preempted"] > 0)
     free = ~pressed
     if run.arrivals == "all":

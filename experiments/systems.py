@@ -64,6 +64,7 @@ SHOWN = (  # load, column, title, decimal places
     ("saturated", "dead", "padding", 0),
     ("saturated", "preemptions", "preempt.", 0),
     ("saturated", "refused", "refused", 1),
+    ("saturated", "compiling_s", "compiling s", 1),  # which the throughput suffered from
     ("moderate", "normalised_s", "s/token", 3),
     ("moderate", "spread", "+- ", 3),
     ("moderate", "ttft_p50_s", "TTFT p50", 2),
@@ -113,6 +114,7 @@ def row(run: Run, record: Record) -> dict[str, Any]:
         "preemptions": pressure.preemptions,
         "recomputed": pressure.recomputed,
         "dead": pressure.dead,
+        "compiling_s": metrics.compiling_s(record),
         "refused": int((record.events["kind"] == "refused").sum()),
     }
 
@@ -209,7 +211,8 @@ def _beside(main: pd.DataFrame) -> pd.DataFrame:
         of = {"saturated": "tokens_per_s", "moderate": "normalised_s"}[load]
         groups = _load(main, load).groupby("system", sort=False)
         values = groups[of].std() if column == "spread" else groups[column].mean()
-        table[title] = values.round(digits)
+        if column != "compiling_s" or values.any():
+            table[title] = values.round(digits)
     return pd.DataFrame(table).loc[list(dict.fromkeys(main["system"]))].dropna(axis=1, how="all")
 
 

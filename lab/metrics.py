@@ -196,6 +196,12 @@ def compiled_steps(record: Record, window_s: Window = None) -> int:
     return int(during(record.steps, window_s)["compiled"].sum())
 
 
+def compiling_s(record: Record) -> float:
+    """Seconds of those steps."""
+    compiling = record.steps[record.steps["compiled"]]
+    return float((compiling["end_s"] - compiling["start_s"]).sum())
+
+
 def _iterations(record: Record, window_s: Window) -> pd.DataFrame:
     steps = during(record.steps, window_s)
     return steps[steps["seqs"] > 0]

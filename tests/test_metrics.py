@@ -263,6 +263,8 @@ def test_goodput_asks_for_every_output(served: Record) -> None:
 def test_device(served: Record) -> None:
     assert metrics.compiled_steps(served) == 1
     assert metrics.compiled_steps(served, (4, 9)) == 0
+    start_s, end_s = served.steps.loc[2, ["start_s", "end_s"]]
+    assert metrics.compiling_s(served) == pytest.approx(end_s - start_s)
     assert metrics.device_memory(served) == {}
     assert metrics.device_memory(record({"device_memory": {"weights": 5, "pool": 7}})) == {"weights": 5, "pool": 7}
 

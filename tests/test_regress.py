@@ -146,7 +146,9 @@ def test_history_is_drawn_in_order_of_commits(compare: Any, tmp_path: Path) -> N
 
 
 def test_a_planted_regression_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half as long again for one operation of one allocator, beside a baseline measured on the spot."""
+    """Half as long again for one operation of one allocator, beside a baseline measured on the spot.
+
+    Alone, also where this test is one of many processes, and whatever pytest is told to do by default."""
     name = FORK.replace("fork", "extend")
     baseline = baseline_of([regress.measure_these([name]) for _ in range(3)], {})
 
@@ -154,7 +156,7 @@ def test_a_planted_regression_is_caught(monkeypatch: pytest.MonkeyPatch) -> None
         return judge(regress.measure_these([name]).timings.values(), baseline)[0].word
 
     assert "" in (verdict() for _ in range(1 + regress.AGAIN))  # measured again where it seems slower
-    monkeypatch.setenv("PYTEST_ADDOPTS", "-p tests.benchmarks.slow")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p tests.benchmarks.slow -n 2")
     assert verdict() == "SLOWER"
 
 

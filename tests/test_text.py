@@ -234,7 +234,8 @@ NEW = 64
 @pytest.fixture(scope="module")
 def smol() -> Iterator[LanguageModel]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)  # the only tests here that compute for long
+    share = os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)
+    torch.set_num_threads(int(share))  # the only tests here that compute for long
     yield load("smollm2", device=DEVICE, dtype=torch.float32)
     torch.set_num_threads(threads)
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 from lab.bench.ratios import (
@@ -91,8 +92,10 @@ def _measure(arguments: list[str]) -> Taken:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.json"
         command = [sys.executable, "-m", "pytest", "-m", "benchmark", "-p", "no:cacheprovider", *arguments]
-        alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # as the baseline was measured
         command.append(f"--benchmark-json={file}")
+        command += ["-n0"] if find_spec("xdist") else []  # among others, pytest-benchmark would measure nothing
+        alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST_")}
+        alone["OMP_NUM_THREADS"] = "1"  # as the baseline was measured
         done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
         if done.returncode:
             lines = [*(done.stderr + done.stdout).strip().splitlines(), f"exit status {done.returncode}"]

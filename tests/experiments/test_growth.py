@@ -83,6 +83,15 @@ def test_a_row_sums_what_the_record_says() -> None:
     assert row["pool_gb"] == pytest.approx(12 * 2**30 / 1e9, rel=0.001)
 
 
+def test_an_iteration_in_which_a_kernel_was_compiled_is_no_sample() -> None:
+    run = Run(**{**system("orca-max").settings, "arrivals": "all", "rate": None, "duration_s": None, "count": 8})
+    record = carry_out(run, None).record()
+    before = growth.row(run, record)
+    record.steps.loc[record.steps.index[-1], "compiled"] = True  # the last: one sequence runs
+    after = growth.row(run, record)
+    assert (before["n_1"] - after["n_1"], before["n_2"]) == (1, after["n_2"])
+
+
 def test_an_overload_is_no_part_of_the_curve() -> None:
     run = Run(**{**system("orca-max").settings, "duration_s": 60.0, "rate": 4.0})
     row = growth.row(run, carry_out(run, None).record())

@@ -45,6 +45,7 @@ def made(speed: dict[str, float] | None = None, queued: float = 0.9, asked: bool
                 "batch": 7.0,
                 "preemptions": preemptions,
                 "dead": 0,
+                "compiling_s": 0.0,
                 "refused": 0,
                 "normalised_s": 10 * factor / rate,
             }
@@ -169,6 +170,9 @@ def test_tables_are_means_and_deviations_over_seeds() -> None:
     assert table.loc["vllm", "+-"] == pytest.approx(8.8)  # of 613.8 and 626.2, one degree of freedom
     assert table.loc["vllm", "s/token"] == pytest.approx(10 / 620, abs=5e-4)
     assert table.loc["tgi", "preempt."] == 0
+    assert "compiling s" not in table, "on a virtual clock nothing is compiled"
+    compiled = next(iter(systems.tables(made().assign(compiling_s=1.25)).values()))
+    assert compiled.loc["vllm", "compiling s"] == pytest.approx(1.2)
     assert list(asked.columns) == ["true length", 256, 1024, 2048]
     assert asked.loc["tgi", 1024] == pytest.approx(310.0)
     text = " ".join(reached[""].str.strip())
