@@ -46,7 +46,7 @@ positions >= length: they see all keys of their row, their slot is -1, and nobod
     ops.copy_blocks(cache, pairs)
 
 A decoder of our own makes few and fused calls around them, which `kernels.reference` specifies: ops.norm,
-ops.rotate_and_store (in place of store), ops.silu_and_mul, ops.sample.
+ops.rotate_and_store (in place of store), ops.silu_and_mul, ops.sample; and ops.row_product, where a token is alone.
 """
 
 import importlib

@@ -67,6 +67,7 @@ DECODES = [
 PADDED = Shape(32, 40, 40, 1024, padded=True)  # a static batch of OPT-13B
 PROMPT = Shape(8, 32, 8, 2048)
 WIDTHS = (3072, 14336, 151936)  # of two SwiGLUs, of a vocabulary
+ROWS = ((4096, 1024), (1024, 3072), (6144, 4096), (4096, 14336))  # of Qwen3-0.6B and Llama-3-8B: qkv, down
 
 
 class Problem:
@@ -228,6 +229,22 @@ def bench_fused(floors: Floors, device: str, batch: int = 256, widths: Sequence[
         yield Measured("sample", shape, variant, us, bytes=logits.nbytes, floor_us=logits.nbytes / floors.read)
 
 
+def bench_row(floors: Floors, device: str, shapes: Sequence[tuple[int, int]] = ROWS) -> Iterator[Measured]:
+    """A row alone times a matrix: with a norm before or a sum behind, and torch's, which has neither."""
+    product = for_device(device).row_product
+    for size, hidden in shapes:
+        weight = torch.randn(size, hidden, dtype=DTYPE, device=device) / hidden**0.5
+        x, residual = (torch.randn(1, width, dtype=DTYPE, device=device) for width in (hidden, size))
+        calls: dict[str, Callable[[], object]] = {
+            "norm": functools.partial(product, x, weight, norm=x[0], eps=1e-6),
+            "residual": functools.partial(product, x, weight, residual=residual),
+            "torch": functools.partial(torch.nn.functional.linear, x, weight),
+        }
+        for variant, call in calls.items():
+            us, shape = median_us(call), f"1 x {hidden} x {size}"
+            yield Measured("row product", shape, variant, us, bytes=weight.nbytes, floor_us=weight.nbytes / floors.read)
+
+
 def run(device: str) -> Iterator[Measured]:
     torch.manual_seed(0)
     floors, rows = measure_floors(device)
@@ -238,6 +255,7 @@ def run(device: str) -> Iterator[Measured]:
     for heads in (8, 40):
         yield from bench_moves(Shape(16, heads, heads, 1024), 8, floors, device)
     yield from bench_fused(floors, device)
+    yield from bench_row(floors, device)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,8 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels import attention, cache, layers, sampling
-from kernels.row import row_kernel, specialise_row
 from kernels.ragged import TILE_TOKENS
+from kernels.row import row_kernel, specialise_row
 from kernels.tuning import MOST_SPLITS, Machine
 
 # KiB of shared memory that one program may use; 227 on Hopper and later
@@ -126,8 +126,8 @@ def fused_sources(dtype: torch.dtype, head_dims: list[int]) -> Iterator[tuple[di
         (0, layers.norm_kernel, layers.specialise_norm(5120) | {"bias_ptr": None}, "1 x {PADDED}"),
         (0, layers.norm_kernel, layers.specialise_norm(16384), "1 x {PADDED}"),
         (0, layers.silu_and_mul_kernel, layers.specialise_silu(14336), "1 x {TILE}"),
-        (0, row_kernel, specialise_row(1024, 3072, False) | {"bias_ptr": None}, "{ROWS} x {COLUMNS}"),
-        (0, row_kernel, specialise_row(14336, 4096, True), "{ROWS} x {COLUMNS}"),
+        (0, row_kernel, specialise_row(3072, False) | {"bias_ptr": None}, "{ROWS} x {COLUMNS}"),
+        (0, row_kernel, specialise_row(4096, True), "{ROWS} x {COLUMNS}"),
         (0, sampling.sample_kernel, tiles, "1 x {TILE}"),
         (0, sampling.choose_kernel, combine, "1 x {PADDED}"),
     ]

@@ -233,7 +233,7 @@ def row_product(
     """x [1, K] times weight [N, K], plus bias [N] -> [1, N]. One row alone, so that a kernel can do all of it at once.
 
     Before: an RMSNorm of x, with weights `norm` [K]. After: SwiGLU, where weight is [2 N, K], gates first; and the sum
-    with `residual` [1, N], which changes in place and is what returns. Rounded where each of these rounds, or less often.
+    with `residual` [1, N], which changes in place and is what returns. Rounded where each of these rounds, or less.
     """
     check_row(x, weight, bias, norm, gated, residual)
     out = linear(x if norm is None else _rms_norm(x, norm, eps), weight, bias)

@@ -4,10 +4,10 @@ With one row there is nothing to multiply twice. Every weight is read once, for 
 
     time = bytes of the weight / memory bandwidth        1024 x 3072 in bfloat16: 6 MiB, 2 us on an H100
 
-and what comes before and after takes no time of its own as long as it needs no launch of its own: a launch costs as much
-as reading 6 MiB. So a layer is six launches in place of ten:
+and what comes before and after it takes no time of its own, as long as it needs no launch of its own, which costs as
+much as reading 6 MiB. So a layer is six launches in place of nine (and attention's second, where splits are combined):
 
-    residual -- norm, qkv -- rotate and store -- attention -- out, + residual -- norm, gate, up, SwiGLU -- down, + residual
+    residual -- norm, qkv -- rotate, store -- attention -- out, sum -- norm, gate, up, SwiGLU -- down, sum -- residual
 
 The root mean square is one number, which may as well divide the sum as each term of it. So every program computes it
 again, of the row that it has to read anyway, in the loop that multiplies.
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kernels.checks import check_row
 
-SHORT = 8 * 2**20  # weights: a matrix with fewer has few rows for each program, so that all of the GPU reads
+COLUMNS = 1024  # read at a time: 16 bytes per thread of 4 warps in bfloat16
 
 
 # fmt: off
@@ -71,10 +71,10 @@ def row_kernel(
 
 
 @functools.cache
-def specialise_row(size: int, hidden: int, gated: bool) -> dict[str, int]:
+def specialise_row(hidden: int, gated: bool) -> dict[str, int]:
     """Compile-time constants and warps, by shape; `kernels.compile_ahead` compiles these."""
-    columns = min(1024, triton.next_power_of_2(hidden))
-    rows = 4 if size * hidden < SHORT else 8
+    columns = min(COLUMNS, triton.next_power_of_2(hidden))
+    rows = 4 if hidden > COLUMNS else 2  # of a gated product half as many, which are read twice
     return {"K": hidden, "GATED": gated, "ROWS": rows // (1 + gated), "COLUMNS": columns, "num_warps": 4}
 
 
@@ -92,7 +92,7 @@ def row_product(
     check_row(x, weight, bias, norm, gated, residual)
     hidden, size = weight.shape[1], weight.shape[0] // (1 + gated)
     out = x.new_empty(1, size) if residual is None else residual
-    constants = specialise_row(size, hidden, gated)
+    constants = specialise_row(hidden, gated)
     with torch.cuda.device_of(x):
         grid = (triton.cdiv(size, constants["ROWS"]),)
         row_kernel[grid](x, weight, bias, norm, residual, out, eps, size, **constants)

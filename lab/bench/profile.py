@@ -21,7 +21,7 @@ KINDS = {  # of kernel, by its name; the first that is found in it
     "rotate and store": r"^rotate_and_store_kernel",
     "SwiGLU": r"^silu_and_mul_kernel",
     "sampling": r"^(sample|choose)_kernel",
-    "matrix products": r"gemm|gemv|nvjet|cutlass|cublas|splitK",
+    "matrix products": r"^row_kernel|gemm|gemv|nvjet|cutlass|cublas|splitK",
     "copies": r"^(Memcpy|Memset|store_kernel|copy_blocks_kernel)|copy_kernel",
 }
 AFTER, STEPS = 0.4, 100  # steps are watched when this share of the longest answer is written, so many of them

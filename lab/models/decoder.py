@@ -3,7 +3,9 @@
 It takes weights by transformers' names and computes the same logits in fewer passes over memory: one matrix product for
 query, key and value, one for gate and up; the residual sum inside the norm; rotation, query and key norms and the store
 of K and V in one kernel. A layer is nine launches, with nothing on the host in between, so that a whole step can be
-captured as a CUDA graph. What a row of the table cannot say is left to `packed.py`.
+captured as a CUDA graph. Where a token is alone in its step, reading the weights is all that takes time: norms, SwiGLU
+and sums go along with it, and a layer is six launches (`kernels/row.py`). What a row of the table cannot say is left to
+`packed.py`.
 
     x -- norm -- qkv -- rotate and store -- attention -- out --+-- norm -- gate, up -- silu x up -- down --+--
       \\_______________________________________________________/ \\_______________________________________/

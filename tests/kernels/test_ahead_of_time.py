@@ -32,7 +32,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_every_kernel_compiles_and_fits(rows: list[dict], target: str) -> None:
     mine = [row for row in rows if row["target"] == target]
-    names = "attention combine store copy_blocks norm rotate_and_store silu_and_mul sample choose"
+    names = "attention combine store copy_blocks norm rotate_and_store silu_and_mul row sample choose"
     assert {row["kernel"] for row in mine} == {f"{name}_kernel" for name in names.split()}
     split = {"paged, split", "contiguous, split"}
     assert {row["memory"] for row in mine} == {"paged", "contiguous", "all options", "-"} | split

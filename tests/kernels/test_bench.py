@@ -29,10 +29,11 @@ def test_what_is_measured_is_right(monkeypatch: pytest.MonkeyPatch, queries: int
     rows += bench.bench_attention("attention", bench.Shape(2, 4, 2, 32, 16, padded=padded), queries, floors, "cpu")
     rows += bench.bench_moves(bench.Shape(2, 2, 2, 32, 16), 2, floors, "cpu")
     rows += bench.bench_fused(floors, "cpu", 4, (8, 16, 64))
+    rows += bench.bench_row(floors, "cpu", [(8, 16)])
     variants = [row.variant for row in rows]
     assert variants[3:5] == ["paged", "contiguous"]
     assert rows[4].error is not None
     assert rows[4].error < 0.01
     moves = ["store", "copy_blocks", "norm", "norm", "rotate_and_store", "silu_and_mul", "silu_and_mul"]
-    assert [row.name for row in rows[-9:]] == [*moves, "sample", "sample"]
+    assert [row.name for row in rows[-12:]] == [*moves, "sample", "sample", *["row product"] * 3]
     assert all(len(row.line()) >= 60 for row in rows)

@@ -17,8 +17,8 @@ from lab.models.packed import PackedModel
 
 BLOCK = 4
 TOLERANCE = 1e-4
-# tokens that A and B compute: a prompt's chunk alone and beside a shorter one, then mixtures with decodes
-STEPS = ((0, 3), (17, 2), (1, 4), (1, 1), (2, 3))
+# tokens that A and B compute: a prompt's chunk alone and beside a shorter one, mixtures with decodes, and one alone
+STEPS = ((0, 3), (16, 2), (1, 4), (1, 1), (2, 3), (1, 0))
 PAGED = ([5, 2, 9, 0, 11, 3], [7, 1, 14, 4])
 CONTIGUOUS = (range(6, 12), range(1, 5))
 
