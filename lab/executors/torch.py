@@ -103,7 +103,7 @@ class TorchExecutor:
             uses = f"weights {self.model.weight_bytes / 1e9:.1f} GB, pool {self.cache.nbytes / 1e9:.1f} GB"
             step = f"a step of {len(rows.token_ids)} tokens in {len(rows.rows)} rows"
             rule = f"{self.device} has no memory left for it beside {uses}"
-            raise InputError(f"{step}: {rule}: make the pool smaller (--pool)") from error
+            raise InputError(f"{step}: {rule}: make the pool smaller (--pool or --kv-memory)") from error
         self._flights.append(self._last)
         self.compiled = self._prepared > before
 

@@ -41,6 +41,7 @@ def main(pipe: Connection, options: Options) -> None:
         signal.signal(number, signal.SIG_IGN)  # who started it is asked to end, and tells
     try:
         llm = lab.LLM(**options.llm, recording=False)
+        llm.warm_up()
     except InputError as error:
         pipe.send(Broken(str(error)))
         return

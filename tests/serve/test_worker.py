@@ -12,9 +12,10 @@ from plugins import ALLOCATOR, COLLECT, LAUNCH, UNTOKENISABLE, plant_failures
 import lab
 from lab import LLM, SamplingParams
 from lab.allocators import account
+from lab.core import InputError
 from lab.executors.torch import TorchExecutor
 from lab.serve import watch, worker
-from lab.serve.messages import Accepted, Answer, Cancel, Delta, Failed, Gauges, News, Submit
+from lab.serve.messages import Accepted, Answer, Broken, Cancel, Delta, Failed, Gauges, News, Ready, Stop, Submit
 from lab.serve.worker import Options, Worker
 
 LONG = [list(range(20 + i, 44 + i)) for i in range(4)]
@@ -218,6 +219,44 @@ def test_a_failing_step_costs_those_in_it_alone(
     for key, answer in answers.items():
         assert answer.outputs[0].text == expected[key]
         assert driven.texts().get(key) == (expected[key] if key % 3 else None), "streamed, or whole"
+
+
+@pytest.mark.parametrize("allocator", ["paged", "paged-prefix", "contiguous-max-firstfit"])
+def test_whoever_comes_first_waits_for_no_compiler(
+    tiny: tuple[str, Any], monkeypatch: pytest.MonkeyPatch, allocator: str
+) -> None:
+    """Prompts of all kinds and batches of most sizes have been computed when the engine says that it serves."""
+    launch = TorchExecutor.launch
+    sizes: list[list[int]] = []
+
+    def launching(self: Any, plan: Any, tables: Any) -> None:
+        assert not mine.poll(), "it said so before"
+        sizes.append(sorted(plan.work.values()))
+        launch(self, plan, tables)
+
+    monkeypatch.setattr(TorchExecutor, "launch", launching)
+    monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
+    mine, theirs = Pipe()
+    mine.send(Stop())
+    llm = {"model": tiny[0], "device": "cpu", "kv_memory": 2048, "block": 8, "allocator": allocator}
+    worker.main(theirs, Options(llm))
+    assert sizes[0][-1] == 40
+    assert [len(step) for step in sizes if step[-1] == 1] == [7, 6, 5, 4, 3, 2, 1]
+    assert isinstance(mine.recv(), Ready)
+    news = mine.recv()
+    assert (news.events, news.started, news.counts) == ([], [], None), "nobody asked for it"
+    assert news.gauges.free == 2048, "nothing is kept of it"
+
+
+def test_a_device_that_is_too_small_is_said_before_it_serves(tiny: tuple[str, Any], monkeypatch: Any) -> None:
+    def full(*_: Any) -> None:
+        raise InputError("out of device memory")
+
+    monkeypatch.setattr(TorchExecutor, "launch", full)
+    monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
+    mine, theirs = Pipe()
+    worker.main(theirs, Options({"model": tiny[0], "device": "cpu", "kv_memory": 2048, "block": 8}))
+    assert mine.recv() == Broken("out of device memory")
 
 
 @pytest.mark.parametrize("streamed", [False, True])
