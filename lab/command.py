@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,15 +21,24 @@ class Parser(argparse.ArgumentParser):
 
 
 def status(work: Callable[[], int], interrupted: str) -> int:
-    """The exit status of a command; `interrupted` is said where somebody ends it (Ctrl-C, or SIGTERM made the same)."""
+    """The exit status of a command; `interrupted` is said where somebody ends it (Ctrl-C, or SIGTERM made the same).
+
+    Whoever reads may go before the end, as `head` does: then there is nobody to tell.
+    """
     try:
-        return work()
+        try:
+            return work()
+        finally:
+            sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\ninterrupted: {interrupted}", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest of it goes at exit
+        return 128 + signal.SIGPIPE
 
 
 def write(file: Path, pieces: Iterable[str]) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -324,6 +326,19 @@ def test_a_worker_that_is_killed(
 
 
 # -- damaged records
+
+
+@pytest.mark.parametrize(("asked", "status"), [("--help", 0), ("fragmentation --quick", 128 + signal.SIGPIPE)])
+def test_a_reader_who_goes_before_the_end(asked: str, status: int, tmp_path: Path) -> None:
+    """As `head` does: nobody is left to complain to."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "lab.experiment", *asked.split(), "--out", str(tmp_path)]
+    with os.fdopen(writing, "w") as gone:
+        done = subprocess.run(command, cwd=ROOT, stdout=gone, stderr=subprocess.PIPE, text=True)
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipe" not in done.stderr
+    assert done.returncode == status
 
 
 @pytest.mark.parametrize("harm", ["end", "middle", "header", "table"])
