@@ -33,7 +33,6 @@ Prompt = str | Seq[int] | Seq[Message]  # text as it stands, token ids, or a cha
 
 ON_A_CPU = "512MiB"  # of K and V, where nobody says more; on a GPU 90 % of what is free
 DTYPES = ("float32", "bfloat16", "float16")
-WARM = 8  # requests, of 5 to 40 tokens and 1 to 8 answered: kernels have a tile for each kind, a batch for most sizes
 AHEAD = 256  # requests that wait in the scheduler's queue at most: more than a step admits of all but tiny prompts
 
 
@@ -201,14 +200,6 @@ class LLM:
         if self.tokenizer is None:
             return ""
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def warm_up(self) -> None:
-        """Serve a few requests that nobody asked, so that whoever comes first need not wait for kernels to compile."""
-        made = [Request(i, 0.0, array("i", [0] * 5 * i), output=i) for i in range(1, WARM + 1)]
-        for _ in self.serve(request for request in made if not self.scheduler.refusal(request)):
-            pass
-        self.answers.recorder = None
-        self.restart()  # a cache would remember them
 
     def restart(self) -> set[int]:
         """After a step that failed: new policies over an empty pool, and the requests that held none of it go on.

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import traceback
+from array import array
 from collections import deque
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -22,6 +23,7 @@ from lab.serve.tokens import Tokens
 from lab.serve.watch import Watch
 
 PATIENCE_S = 1.0  # that a scheduler may wait for more requests before it starts with those it has
+WARM = 8  # requests, of 5 to 40 tokens and 1 to 8 answered: kernels have a tile for each kind, a batch for most sizes
 FAILURES = 5  # steps that fail, one after the other, before the engine gives up
 
 
@@ -41,7 +43,7 @@ def main(pipe: Connection, options: Options) -> None:
         signal.signal(number, signal.SIG_IGN)  # who started it is asked to end, and tells
     try:
         llm = lab.LLM(**options.llm, recording=False)
-        llm.warm_up()
+        warm_up(llm)
     except InputError as error:
         pipe.send(Broken(str(error)))
         return
@@ -51,6 +53,14 @@ def main(pipe: Connection, options: Options) -> None:
         traceback.print_exc()
         print("the engine cannot go on", file=sys.stderr, flush=True)
         os._exit(1)  # a thread is reading, and a device may not let go
+
+
+def warm_up(llm: lab.LLM) -> None:
+    """Serve a few requests that nobody asked, so that whoever comes first need not wait for kernels to compile."""
+    made = [Request(i, 0.0, array("i", [0] * 5 * i), output=i) for i in range(1, WARM + 1)]
+    for _ in llm.serve(request for request in made if not llm.scheduler.refusal(request)):
+        pass
+    llm.restart()  # a cache would remember them
 
 
 class Prepared(NamedTuple):

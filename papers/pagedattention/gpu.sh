@@ -30,12 +30,13 @@ mkdir -p "$out" "$results"
 for part in "$@"; do
   case "$part" in
     tests)
-      python3 -c "import xdist" 2>/dev/null && several="-n 8" # mostly compiling
-      python3 -m pytest tests/kernels tests/test_torch_executor.py -p no:cacheprovider ${several:-} \
+      several=$(python3 -c "import xdist" 2>/dev/null && echo "-n 8") # mostly compiling
+      python3 -m pytest tests/kernels tests/test_torch_executor.py -p no:cacheprovider $several \
         -k "not ahead_of_time and not name_clash" 2>&1
       ;;
     serve)
-      KVLAB_DEVICE=cuda python3 -m pytest tests/serve -p no:cacheprovider \
+      several=$(python3 -c "import xdist" 2>/dev/null && echo "-n 6 --dist loadfile") # each file has servers of its own
+      KVLAB_DEVICE=cuda python3 -m pytest tests/serve -p no:cacheprovider $several \
         --ignore tests/serve/test_described.py --ignore tests/serve/test_smollm2.py --durations 8 2>&1
       ;;
     tune) python3 -m kernels.tune 2>&1 && cp kernels/tuned.json "$out" ;;
