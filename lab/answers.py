@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from itertools import chain
@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from lab.allocators import Allocator
 from lab.beams import Beams
-from lab.core import Group, InputError, Plan, Request, Sampled, Sequence
+from lab.core import Group, InputError, Request, Sampled, Sequence
 from lab.detokenise import Decode, Text
-from lab.engine import Recorder
+from lab.events import Launched, Recorder
 
 
 class Output(NamedTuple):
@@ -170,23 +170,13 @@ class Answers:
         del self.jobs[request.id]
         raise InputError(reason)
 
-    def launched(
-        self,
-        time_s: float,
-        plan: Plan,
-        allocator: Allocator,
-        live: Iterable[Sequence],
-        ended: Iterable[Sequence],
-        waiting: int,
-        host_tokens: int,
-        compiled: bool = False,
-    ) -> None:
-        for group in plan.admitted:
+    def launched(self, step: Launched) -> None:
+        for group in step.plan.admitted:
             job = self.jobs[group.request.id]
-            job.admitted_s = time_s if math.isnan(job.admitted_s) else job.admitted_s
-        self._look(allocator)
+            job.admitted_s = step.time_s if math.isnan(job.admitted_s) else job.admitted_s
+        self._look(step.allocator)
         if self.recorder:
-            self.recorder.launched(time_s, plan, allocator, live, ended, waiting, host_tokens, compiled)
+            self.recorder.launched(step)
 
     def collected(self, start_s: float, end_s: float, sampled: Mapping[Sequence, list[Sampled]]) -> None:
         for s, tokens in sampled.items():

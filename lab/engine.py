@@ -16,37 +16,16 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from lab.allocators import Allocator
 from lab.beams import Beams, group_of
 from lab.core import UNKNOWN, Group, Plan, Request, Sampled, Sequence
+from lab.events import Launched, Recorder
 from lab.executors import Executor
 from lab.schedulers import Scheduler
-
-
-class Recorder(Protocol):
-    """What the engine tells whoever keeps the record (see `lab.record`)."""
-
-    def arrived(self, time_s: float, request: Request) -> None: ...
-    def refused(self, time_s: float, request: Request, reason: str) -> None: ...
-    def launched(
-        self,
-        time_s: float,
-        plan: Plan,
-        allocator: Allocator,
-        live: Iterable[Sequence],
-        ended: Iterable[Sequence],
-        waiting: int,
-        host_tokens: int,
-        compiled: bool = False,
-    ) -> None: ...
-    def collected(self, start_s: float, end_s: float, sampled: Mapping[Sequence, list[Sampled]]) -> None: ...
-    def ended(self, time_s: float, s: Sequence, reason: str) -> None: ...
-    def cancelled(self, time_s: float, group: Group) -> None: ...
 
 
 @dataclass(slots=True)
@@ -288,16 +267,11 @@ class Engine:
         if self.recorder is None:
             return
         running = self.scheduler.running
-        self.recorder.launched(
-            flight.start_s,
-            flight.plan,
-            self.allocator,
-            [s for group in running for s in group.live],
-            [s for group in running for s in group.ended if s in self.allocator.tables],
-            len(self.scheduler.waiting),
-            self.scheduler.host.used,
-            self.executor.compiled,
-        )
+        live = [s for group in running for s in group.live]
+        ended = [s for group in running for s in group.ended if s in self.allocator.tables]
+        waiting, host, compiled = len(self.scheduler.waiting), self.scheduler.host.used, self.executor.compiled
+        step = Launched(flight.start_s, flight.plan, self.allocator, live, ended, waiting, host, compiled)
+        self.recorder.launched(step)
 
     def _leave(self, ended: list[Sequence]) -> None:
         for s in ended:

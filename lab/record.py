@@ -14,8 +14,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lab.allocators import Allocator, Idle
+from lab.allocators import Idle
 from lab.core import Group, Plan, Request, Sampled, Sequence
+from lab.events import Launched
 from lab.tables import FORMAT, Columns, Record, Sink, describe
 
 __all__ = ["FORMAT", "Record", "Recorder", "describe"]
@@ -99,33 +100,23 @@ class Recorder:
             self._unfinished[group.request.id][1].update((s.index, s.outputs) for s in group.sequences)
             self._finish(group.request)
 
-    def launched(
-        self,
-        time_s: float,
-        plan: Plan,
-        allocator: Allocator,
-        live: Iterable[Sequence],
-        ended: Iterable[Sequence],
-        waiting: int,
-        host_tokens: int,
-        compiled: bool = False,
-    ) -> None:
-        """A plan and the memory after it: counts are applied, sequences that end with it have not left."""
+    def launched(self, step: Launched) -> None:
+        plan, allocator = step.plan, step.allocator
         if not self.next_step:
             self.block = allocator.block
             self.header.update(capacity=allocator.capacity, block=allocator.block)
-        running = list(live)
         idle = allocator.idle()
-        self._decisions(time_s, plan)
-        self._sample(allocator, running, ended, idle)
+        self._decisions(step.time_s, plan)
+        self._sample(step, idle)
         blocked = sum(allocator.wants(s) for s in plan.blocked.live) if plan.blocked else 0
         dead = [sum(column) for column in zip(*plan.padding.values(), strict=True)] if plan.padding else (0, 0)
         moved = {"copy": 0, "out": 0, "in": 0, "map": 0, "unmap": 0}
         for move in plan.moves:
             moved[move.kind] += move.tokens
         work = (len(plan.work), sum(plan.work.values()), *dead)
-        memory = (waiting, len(running), *idle, host_tokens, blocked, moved["copy"], moved["out"], moved["in"])
-        self._in_flight.append((work, (*memory, len(plan.preempted), compiled)))
+        seen = (step.waiting, len(step.live), *idle, step.host_tokens, blocked)
+        moves = (moved["copy"], moved["out"], moved["in"])
+        self._in_flight.append((work, (*seen, *moves, len(plan.preempted), step.compiled)))
         self.next_step += 1
 
     def collected(self, start_s: float, end_s: float, sampled: Mapping[Sequence, list[Sampled]]) -> None:
@@ -188,11 +179,11 @@ class Recorder:
             self._tokens.add()
         return len(drawn)
 
-    def _sample(self, allocator: Allocator, live: list[Sequence], ended: Iterable[Sequence], idle: Idle) -> None:
-        owned, block = allocator.tables, allocator.block
-        holders = [s for s in live if s in owned]
+    def _sample(self, step: Launched, idle: Idle) -> None:
+        allocator, owned, block = step.allocator, step.allocator.tables, step.allocator.block
+        holders = [s for s in step.live if s in owned]
         num_live = len(holders)
-        holders += [s for s in ended if s in owned]
+        holders += [s for s in step.ended if s in owned]
         same = holders == self._holders and num_live == self._num_live
         if not same:
             self._holders, self._num_live = holders, num_live

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from lab.allocators import Allocator, Idle, blocks
 from lab.core import Group, Move, Plan, Request, Sampled, SamplingParams, Sequence
+from lab.events import Launched
 from lab.record import Recorder
 
 
@@ -77,7 +78,7 @@ def step(
     compiled: bool = False,
 ) -> None:
     """One that is collected before the next is launched."""
-    recorder.launched(start_s, plan, pool, live, ended, waiting, host_tokens, compiled)
+    recorder.launched(Launched(start_s, plan, pool, [*live], [*ended], waiting, host_tokens, compiled))
     recorder.collected(start_s, end_s, sampled)
 
 

@@ -8,7 +8,7 @@ import json
 import re
 import shlex
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +20,10 @@ from recording import Shelf, serve, step
 
 from lab import experiment, view
 from lab import film as films
-from lab.allocators import Allocator, _category
+from lab.allocators import _category
 from lab.core import InputError, Plan, Sequence
 from lab.engine import Engine
+from lab.events import Launched
 from lab.record import Record, Recorder
 from lab.run import Run, carry_out, executor_of, requests_of, scheduler_of
 
@@ -38,18 +39,8 @@ class Witness(Recorder):
         super().__init__(path, {"simulated": True})
         self.states: list[State] = []
 
-    def launched(
-        self,
-        time_s: float,
-        plan: Plan,
-        allocator: Allocator,
-        live: Iterable[Sequence],
-        ended: Iterable[Sequence],
-        waiting: int,
-        host_tokens: int,
-        compiled: bool = False,
-    ) -> None:
-        live, ended = list(live), list(ended)
+    def launched(self, step: Launched) -> None:
+        allocator, live, ended = step.allocator, step.live, step.ended
         held: dict[int, list[tuple[Sequence, int, bool]]] = {}
         for s in live + ended:
             for i, b in enumerate(allocator.tables.get(s, ())):
@@ -61,7 +52,7 @@ class Witness(Recorder):
                 counts[_category(allocator.asked, holders, offset)] += 1
             state[b] = (sorted([s.group.request.id, s.index] for s, _, _ in holders), counts)
         self.states.append(state)
-        super().launched(time_s, plan, allocator, live, ended, waiting, host_tokens, compiled)
+        super().launched(step)
 
 
 class Case(NamedTuple):

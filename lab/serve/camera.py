@@ -23,8 +23,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lab.allocators import Allocator
-from lab.core import Group, Plan, Request, Sampled, Sequence
+from lab.core import Group, Request, Sampled, Sequence
 from lab.engine import Engine
+from lab.events import Launched
 from lab.film import DECODING, HOLDING, PREEMPTED, PROMPT, SWAPPED, WAITING
 from lab.record import Held
 from lab.serve.messages import Gauges
@@ -124,16 +125,8 @@ class Camera:
         self.put("requests", row)
         self.does(request.id, WAITING, request.arrival_s)
 
-    def launched(
-        self,
-        time_s: float,
-        plan: Plan,
-        allocator: Allocator,
-        live: Iterable[Sequence],
-        ended: Iterable[Sequence],
-        gauges: Gauges,
-        host_tokens: int,
-    ) -> None:
+    def launched(self, step: Launched, gauges: Gauges) -> None:
+        plan, time_s = step.plan, step.time_s
         for group in plan.admitted:
             back = group in plan.swapped and any(
                 s.outputs for s in group.live
@@ -141,8 +134,8 @@ class Camera:
             self.does(group.request.id, DECODING if back else PROMPT, time_s)
         for group in plan.preempted:
             self.does(group.request.id, SWAPPED if group in plan.swapped else PREEMPTED, time_s)
-        self.follow(allocator, live, ended)
-        self.flights.append((self.step, gauges, host_tokens, len(plan.preempted)))
+        self.follow(step.allocator, step.live, step.ended)
+        self.flights.append((self.step, gauges, step.host_tokens, len(plan.preempted)))
         self.step += 1
 
     def collected(self, start_s: float, end_s: float, sampled: Mapping[Sequence, list[Sampled]]) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from lab.allocators import Allocator
-from lab.core import Group, Plan, Request, Sampled, Sequence
+from lab.core import Group, Request, Sampled, Sequence
 from lab.engine import Engine
+from lab.events import Launched
 from lab.record import counted_before
 from lab.serve.camera import Camera
 from lab.serve.messages import Counts, Gauges
@@ -17,7 +18,7 @@ EVERY_S = 0.1  # between two looks at memory, which cost time for every sequence
 
 
 class Watch:
-    """Implements `lab.engine.Recorder`."""
+    """Implements `lab.events.Recorder`."""
 
     def __init__(self) -> None:
         self.started: list[int] = []  # ids of requests that were admitted for the first time
@@ -72,32 +73,21 @@ class Watch:
 
     def refused(self, time_s: float, request: Request, reason: str) -> None: ...
 
-    def launched(
-        self,
-        time_s: float,
-        plan: Plan,
-        allocator: Allocator,
-        live: Iterable[Sequence],
-        ended: Iterable[Sequence],
-        waiting: int,
-        host_tokens: int,
-        compiled: bool = False,
-    ) -> None:
-        for group, hit in plan.admitted.items():
+    def launched(self, step: Launched) -> None:
+        for group, hit in step.plan.admitted.items():
             if not group.preemptions:
                 self.started.append(group.request.id)
-                if allocator.publishes:
+                if step.allocator.publishes:
                     self._counts["looked_up"] += len(group.request.prompt)
                     self._counts["found"] += hit
-        if plan.preempted:
-            self._counts["preemptions"] += len(plan.preempted)
+        if step.plan.preempted:
+            self._counts["preemptions"] += len(step.plan.preempted)
         self._steps += 1
         if (now := time.perf_counter()) >= self._looked_s + EVERY_S or self.camera:
             self._looked_s = now
-            live, ended = list(live), list(ended)
-            self.gauges = look(allocator, live, ended, waiting)
+            self.gauges = look(step.allocator, step.live, step.ended, step.waiting)
             if self.camera:
-                self.camera.launched(time_s, plan, allocator, live, ended, self.gauges, host_tokens)
+                self.camera.launched(step, self.gauges)
 
     def collected(self, start_s: float, end_s: float, sampled: Mapping[Sequence, list[Sampled]]) -> None:
         last_s, counts = self._last_s, self._counts

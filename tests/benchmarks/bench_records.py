@@ -10,6 +10,7 @@ from bench_steps import decoding, go_on
 
 from lab.allocators import account
 from lab.core import Sampled, Sequence
+from lab.events import Launched
 from lab.metrics import categories
 from lab.record import Record, Recorder
 from lab.run import Run, carry_out
@@ -33,7 +34,7 @@ def test_record_a_step(timed: Any) -> None:
 
     def work() -> None:
         for _ in range(STEPS):
-            recorder.launched(0.0, plan, scheduler.allocator, live, [], 0, 0)
+            recorder.launched(Launched(0.0, plan, scheduler.allocator, live, [], 0, 0))
             recorder.collected(0.0, 0.0, dict.fromkeys(plan.work, token))
 
     timed(work, prepare=prepare, count=STEPS, unit="steps")

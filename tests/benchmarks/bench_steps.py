@@ -13,6 +13,7 @@ import pytest
 from lab.allocators import ALLOCATORS
 from lab.core import Group, Limits, Plan, Request, Sampled, Sequence
 from lab.engine import Engine
+from lab.events import Launched
 from lab.record import Recorder
 from lab.schedulers import SCHEDULERS, Scheduler
 
@@ -87,7 +88,7 @@ def test_host_step(timed: Any) -> None:
         nonlocal plan
         plan = scheduler.schedule(0.0, False)
         live = [s for group in scheduler.running for s in group.live]
-        recorder.launched(0.0, plan, scheduler.allocator, live, [], 0, 0)
+        recorder.launched(Launched(0.0, plan, scheduler.allocator, live, [], 0, 0))
         recorder.collected(0.0, 0.0, dict.fromkeys(plan.work, token))
 
     timed(work, prepare=lambda: go_on(plan), unit="steps", bar_s=BAR_S)

@@ -12,6 +12,7 @@ from typing import Any
 from lab.allocators import ALLOCATORS, Allocator, account
 from lab.core import UNKNOWN, Group, InputError, Limits, Plan, Request, Sampled, SamplingParams, Sequence
 from lab.engine import Engine
+from lab.events import Launched
 from lab.executors.checksum import ChecksumExecutor
 from lab.schedulers import SCHEDULERS
 from lab.workloads import workload
@@ -136,17 +137,8 @@ class Watch:
         assert not any(s in self.engine.allocator.tables for s in group.sequences), "a cancelled group holds memory"
         assert group not in self.engine.scheduler.host.saved, "a cancelled group holds host memory"
 
-    def launched(
-        self,
-        time_s: float,
-        plan: Plan,
-        allocator: Allocator,
-        live: Iterable[Sequence],
-        ended: Iterable[Sequence],
-        waiting: int,
-        host_tokens: int,
-        compiled: bool = False,
-    ) -> None:
+    def launched(self, step: Launched) -> None:
+        plan, allocator = step.plan, step.allocator
         self.plans.append(written(plan))
         self.count["steps"] += 1
         self.count["preempted"] += len(plan.preempted)
@@ -161,7 +153,7 @@ class Watch:
         assert len(plan.work) <= LIMITS.seqs, "more sequences in a step than its limit"
         if self.accounts:
             self.count["accounts"] += 1
-            assert all(slots >= 0 for slots in account(allocator, live, ended))
+            assert all(slots >= 0 for slots in account(allocator, step.live, step.ended))
         self._extents(plan, allocator)
         if self.cancels and self.count["steps"] % 10 == 0:
             self._cancel()

@@ -20,6 +20,7 @@ from test_worker import MANY, POLICIES, PROMPTS, Driven, params
 
 from lab import LLM
 from lab.allocators import account
+from lab.events import Launched
 from lab.film import DECODING, HOLDING, PREEMPTED, PROMPT, SWAPPED, WAITING
 from lab.serve import camera, watch
 from lab.serve.audience import BEHIND, MOST, Audience
@@ -82,15 +83,16 @@ def test_each_step_is_told_as_it_was(
     memory, seen = driven.llm.scheduler.allocator, {}
     launched = watch.Watch.launched
 
-    def witness(self: watch.Watch, time_s: Any, plan: Any, pool: Any, live: Any, ended: Any, *rest: Any) -> None:
+    def witness(self: watch.Watch, step: Launched) -> None:
+        pool, ended = step.allocator, step.ended
         state = {
             (s.group.request.id, s.index): (list(pool.tables[s]), s.computed, pool.asked[s], int(s in ended))
-            for s in [*live, *ended]
+            for s in [*step.live, *ended]
             if s in pool.tables
         }
         assert self.camera
-        seen[self.camera.step] = state, account(pool, live, ended)
-        launched(self, time_s, plan, pool, live, ended, *rest)
+        seen[self.camera.step] = state, account(pool, step.live, ended)
+        launched(self, step)
 
     monkeypatch.setattr(watch.Watch, "launched", witness)
     screens = [Screen(), Screen()]
