@@ -34,8 +34,13 @@ sys.path.insert(0, str(ROOT))  # where lab and experiments are, installed or not
 from lab.results import parsed, shown  # noqa: E402
 
 MARK = re.compile(r"(<!-- (claims|table|figure|printed)(?:: (.+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
-KINDS = {"simulated": "simulated", "cpu": "measured on a CPU", "gpu": "measured on a GPU"}  # folder: head of a column
-WHERE = {"cpu": " --device cpu", "gpu": " --device cuda"}
+KINDS = {  # folder: head of a column
+    "simulated": "simulated",
+    "hour": "simulated, an hour of arrivals",
+    "cpu": "measured on a CPU",
+    "gpu": "measured on a GPU",
+}
+WHERE = {"hour": " --duration 3600", "cpu": " --device cpu", "gpu": " --device cuda"}
 USUAL = ["simulated", "gpu"]
 LONGEST = 40  # characters before a colon that name what a claim is of
 NOT_RUN, NOT_ASKED = "not run yet", "–"

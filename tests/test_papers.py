@@ -75,7 +75,7 @@ def test_no_result_is_of_a_smoke_run() -> None:
         assert path.parts[-2] in names()
         assert "--quick" not in json.loads(path.read_text())["command"], path
         header = json.loads((path.parent / "header.json").read_text())
-        assert bool(header.get("simulated")) == (path.parts[-3] == "simulated"), path
+        assert bool(header.get("simulated")) == (path.parts[-3] in ("simulated", "hour")), path
 
 
 def test_reproduce_runs_experiments_that_exist_and_refuses_what_it_does_not_know() -> None:

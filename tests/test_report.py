@@ -120,7 +120,7 @@ def test_an_experiment_as_the_command_leaves_it(made: Path, tmp_path: Path, caps
 
 
 def test_all_results_that_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    kinds = ("simulated", "gpu", "cpu")
+    kinds = ("simulated", "hour", "gpu", "cpu")
     page, said, complained = shown(capsys, tmp_path / "report.html", *(KEPT / kind for kind in kinds))
     there = {file.parent for file in KEPT.rglob("summary.json")}
     assert len(there) >= 16

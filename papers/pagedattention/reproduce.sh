@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What papers/ says of results, made again: experiments run, what the pages quote is kept, the pages are written.
 #
-#   papers/pagedattention/reproduce.sh                  at full scale on the virtual clock: an hour or so on two cores
+#   papers/pagedattention/reproduce.sh                  at full scale on the virtual clock: an hour and a half on two cores
 #   papers/pagedattention/reproduce.sh --cpu            measured on this CPU, which must have nothing else to do
 #   papers/pagedattention/reproduce.sh --keep gpu DIR   nothing runs: what lies in DIR, made on a GPU with --out DIR
 #
@@ -44,6 +44,7 @@ case "${1:-}" in
     run simulated gap --executor simulated
     run simulated factorial --executor simulated
     for name in capacity sharing prefix blocksize preemption growth systems replay; do run simulated "$name"; done
+    OUT=$out/hour out=$out/hour run hour capacity --workload sharegpt --duration 3600 # as long as the paper's traces
     ;;
   --cpu)
     run cpu fragmentation --device cpu
