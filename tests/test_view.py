@@ -338,13 +338,22 @@ def test_a_tenure_out_of_place(served: Record) -> None:
         films.film(Record(served.header, None, frames))
 
 
-def test_an_experiment_ends_with_the_command_for_its_film(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    policies = "paged-oracle,contiguous-max,paged"
-    assert experiment.main(["fragmentation", "--quick", "--allocator", policies, "--out", str(tmp_path)]) == 0
+@pytest.mark.parametrize(
+    ("options", "kind", "shown"),
+    [
+        (["--allocator", "paged-oracle,contiguous-max,paged"], "allocator", ["contiguous-max", "paged"]),
+        (["--allocator", "paged", "--scheduler", "continuous,static"], "scheduler", ["static", "continuous"]),
+        (["--allocator", "paged"], "allocator", ["paged"]),
+    ],
+)
+def test_an_experiment_ends_with_the_command_for_its_film(
+    options: list[str], kind: str, shown: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert experiment.main(["fragmentation", "--quick", *options, "--out", str(tmp_path)]) == 0
     *_, command = capsys.readouterr().out.splitlines()
     assert command.startswith("film     python -m lab.view ")
     records = shlex.split(command)[4:]
-    assert [Record.load(Path(place)).header["run"]["allocator"] for place in records] == ["contiguous-max", "paged"]
+    assert [Record.load(Path(place)).header["run"][kind] for place in records] == shown
     assert view.main([*records, "--out", str(tmp_path / "film.html")]) == 0
 
 
