@@ -51,7 +51,7 @@ def film(record: Record, frames: int = FRAMES) -> Film:
             **_renamed("spell", doing),
         }
     about = about_of(record) | {"frames": len(kept), "most_steps": int(np.diff(kept, prepend=-1).max())}
-    about |= {"tick_s": clock.tick_s, "origin_s": clock.origin_s}
+    about |= {"tick_s": clock.tick_s, "origin_s": clock.origin_s, "done": all_served(record, requests)}
     about["ids"] = requests.index.tolist()
     about["columns"] = [[name, len(column)] for name, column in columns.items()]
     return Film(about, columns)
@@ -273,6 +273,15 @@ def spells(record: Record, requests: pd.DataFrame) -> pd.DataFrame:
         change(request, float(end_s[-1]))
     table = pd.DataFrame(rows, columns=["request", "kind", "begin", "stop"]).astype({"request": int, "kind": int})
     return table.sort_values(["request", "begin", "stop"], kind="stable")
+
+
+def all_served(record: Record, requests: pd.DataFrame) -> bool:
+    """Has everybody who came also gone, by the end of the record?"""
+    events = record.events
+    ended = events[events["kind"] == "ended"].groupby("request").size()
+    turned_away = events[events["kind"].isin(("cancelled", "refused"))]["request"]
+    came = requests.loc[requests.index.difference(turned_away.unique()), "n"].fillna(1)
+    return bool((ended.reindex(came.index, fill_value=0) >= came).all())
 
 
 def _first_tokens(record: Record, requests: pd.DataFrame) -> Callable[[int, int], tuple[bool, int]]:

@@ -212,12 +212,15 @@ def report(
 
 
 def _film(places: Mapping[Run, Path]) -> str:
-    """The command that plays the first record of each of two allocators: reserved and paged, where both are there."""
-    first: dict[str, Path] = {}
-    for run, place in places.items():
-        first.setdefault(run.allocator, place)
-    told_apart = [first[name] for name in ("contiguous-max", "paged") if name in first]
-    shown = told_apart if len(told_apart) == 2 else list(first.values())[:2]
+    """The command that plays the first record of each of two allocators, or of two schedulers where all share one."""
+    for kind, apart in (("allocator", ("contiguous-max", "paged")), ("scheduler", ("static", "continuous"))):
+        first: dict[str, Path] = {}
+        for run, place in places.items():
+            first.setdefault(getattr(run, kind), place)
+        told_apart = [first[name] for name in apart if name in first]
+        shown = told_apart if len(told_apart) == 2 else list(first.values())[:2]
+        if len(shown) == 2:
+            break
     return shlex.join(["python", "-m", "lab.view", *map(str, shown)])
 
 

@@ -193,7 +193,7 @@ def theirs(experiment: str, text: str) -> str:
     found = [
         f"{entry['theirs']}: {paper}, {entry['where']}"
         for paper, entry in _paper_claims()
-        if entry.get("experiment") == experiment and entry.get("theirs")
+        if entry.get("experiment") == experiment and entry.get("theirs", "–") != "–"
         if any(re.search(pattern, text) for pattern in _listed(entry["match"]))
     ]
     return "; ".join(dict.fromkeys(found))

@@ -143,6 +143,10 @@ def test_history_is_drawn_in_order_of_commits(compare: Any, tmp_path: Path) -> N
     figure = history({"fork": {"paged": [("c", 1.5), ("d", 1.0), ("c", 2.0)]}}, ["d", "c"])
     (curve,) = [line for axes in figure.axes for line in axes.get_lines() if line.get_label() == "paged"]
     assert np.asarray(curve.get_xydata()).tolist() == [[0, 1], [1, 1.75]]
+    (low, high) = figure.axes[0].get_ylim()
+    named = [text.get_text() for text in figure.axes[0].get_yticklabels() if low <= text.get_position()[1] <= high]
+    assert named == ["0.8", "1", "1.25", "1.6", "2"]
+    assert low < 1 < 2 < high
 
 
 def test_a_planted_regression_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,6 +148,9 @@ def test_the_papers_value_beside_ours() -> None:
     said = results.theirs("fragmentation", "Orca (Max): every share within 2 points of figure 2")
     assert "20.4, 26.8, 38.2: pagedattention, sections 1 and 3.1" in said
     assert results.theirs("fragmentation", "nothing that any paper says") == ""
+    assert results.theirs("factorial", "continuous batching beats static under every allocator, with every seed") == (
+        "no such number: always together with kernels: orca, sections 3 and 6"
+    )
     assert results.theirs("no such experiment", "Orca (Max): every share within 2 points of figure 2") == ""
 
 

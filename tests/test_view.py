@@ -329,13 +329,22 @@ def test_a_tenure_out_of_place(served: Record) -> None:
         films.film(Record(served.header, None, frames))
 
 
-def test_an_experiment_ends_with_the_command_for_its_film(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    policies = "paged-oracle,contiguous-max,paged"
-    assert experiment.main(["fragmentation", "--quick", "--allocator", policies, "--out", str(tmp_path)]) == 0
+@pytest.mark.parametrize(
+    ("options", "kind", "shown"),
+    [
+        (["--allocator", "paged-oracle,contiguous-max,paged"], "allocator", ["contiguous-max", "paged"]),
+        (["--allocator", "paged", "--scheduler", "continuous,static"], "scheduler", ["static", "continuous"]),
+        (["--allocator", "paged"], "allocator", ["paged"]),
+    ],
+)
+def test_an_experiment_ends_with_the_command_for_its_film(
+    options: list[str], kind: str, shown: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert experiment.main(["fragmentation", "--quick", *options, "--out", str(tmp_path)]) == 0
     *_, command = capsys.readouterr().out.splitlines()
     assert command.startswith("film     python -m lab.view ")
     records = shlex.split(command)[4:]
-    assert [Record.load(Path(place)).header["run"]["allocator"] for place in records] == ["contiguous-max", "paged"]
+    assert [Record.load(Path(place)).header["run"][kind] for place in records] == shown
     assert view.main([*records, "--out", str(tmp_path / "film.html")]) == 0
 
 
@@ -414,7 +423,9 @@ def test_it_plays_and_scrubs_and_steps(browser: Browser, pair: tuple[Path, list[
     browser.key("+")
     assert browser.evaluate("[player.speed, document.getElementById('speed').textContent]") == [2, "2 x"]
     browser.key("End")
-    assert browser.evaluate("player.t == player.end && player.views.every(v => v.film.frame == v.film.frames - 1)")
+    assert browser.evaluate("player.t == player.end")
+    ends, frames, lasts = browser.evaluate("['end_s', 'frame', 'frames'].map(k => player.views.map(v => v.film[k]))")
+    assert frames == [count - 1 if end == max(ends) else -1 for end, count in zip(ends, lasts, strict=True)]
     browser.key("Home")
     assert browser.evaluate("player.t") == 0
     for share in (0.25, 0.9, 0.5):
@@ -433,17 +444,93 @@ def test_it_counts_the_tokens_that_were_written(browser: Browser, pair: tuple[Pa
         for i in range(2):
             steps = Record.load(pair[0].parent / str(i)).steps
             written = int(steps["sampled"][steps["end_s"] <= t + 1e-6].sum())
-            assert f"has written {written:,} tokens" in said
+            assert f"; {written:,} tokens written so far" in said.split("so far")[i] + "so far"
+
+
+@pytest.fixture(scope="module")
+def race(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page of the same twelve requests in static batches of four, and in continuous batches."""
+    where = tmp_path_factory.mktemp("race")
+    for scheduler in ("static", "continuous"):
+        run = Run(arrivals="all", rate=None, duration_s=None, count=12, batch=4, scheduler=scheduler)
+        carry_out(run, where / scheduler)
+        assert view.main([str(where / scheduler), "--out", str(where / f"{scheduler}.html")]) == 0
+    assert view.main([str(where / "static"), str(where / "continuous"), "--out", str(where / "film.html")]) == 0
+    return where
 
 
 @needs_chromium
-def test_grey_is_explained_where_there_is_any(browser: Browser, tmp_path: Path) -> None:
+def test_grey_is_explained_where_there_is_any(browser: Browser, race: Path) -> None:
     for scheduler in ("static", "continuous"):
-        run = Run(allocator="paged", scheduler=scheduler, arrivals="all", rate=None, duration_s=None, count=12)
-        carry_out(run, tmp_path / scheduler)
-        assert view.main([str(tmp_path / scheduler), "--out", str(tmp_path / "film.html")]) == 0
-        browser.open(tmp_path / "film.html")
+        browser.open(race / f"{scheduler}.html")
         assert browser.evaluate("page('grey').hidden") is (scheduler == "continuous")
+
+
+@needs_chromium
+def test_it_counts_and_marks_the_answers_that_ended_and_are_held(browser: Browser, race: Path) -> None:
+    browser.open(race / "film.html")
+    record = Record.load(race / "static")
+    samples, starts = record.samples, record.steps["start_s"].to_numpy()
+    over = {i: set(rows["request"]) for i, rows in samples[samples["ended"] == 1].groupby("step")}
+    seen = set()
+    for i in (1, *sorted(over)[:: len(over) // 8]):
+        held = sorted(over.get(i, ()))
+        browser.evaluate(f"show({starts[i]} + 2e-6)")
+        grey, said, now = browser.evaluate(
+            "(v => [[...Array(v.film.blocks).keys()].filter(b => v.seen[9 * b + 8] & OVER).map(b => v.seen[9 * b])"
+            ".map(s => v.film.ids[v.film.seq_request[s]]), page('compare').firstChild.textContent,"
+            "v.part('.now').textContent])(player.views[0])"
+        )
+        assert sorted(set(grey)) == held
+        for text in (said, now):
+            assert f"{len(held)} ended and still held" in text if held else "still held" not in text
+        seen.add(len(held))
+    assert {0, 3} <= seen
+
+
+@needs_chromium
+def test_who_is_done_is_said_to_be_done(browser: Browser, race: Path) -> None:
+    browser.open(race / "film.html")
+    end_s = Record.load(race / "continuous").steps["end_s"].iloc[-1]
+    browser.evaluate(f"show({end_s} + 0.001)")
+    done = f"all served after {end_s:.1f} s"
+    assert f"{done}; " in browser.evaluate("page('compare').lastChild.textContent")
+    assert browser.evaluate("player.views[1].part('.now').textContent") == f"{done.capitalize()}: nothing is in memory."
+    assert browser.evaluate("player.views[0].film.frame") >= 0
+
+
+@needs_chromium
+def test_who_still_waits_at_the_end_is_in_the_queue(browser: Browser, tmp_path: Path) -> None:
+    carry_out(Run(rate=8.0, duration_s=20.0), tmp_path / "cut")
+    assert view.main([str(tmp_path / "cut"), "--out", str(tmp_path / "film.html")]) == 0
+    browser.open(tmp_path / "film.html")
+    browser.key("End")
+    record = Record.load(tmp_path / "cut")
+    waiting = record.steps["waiting"].iloc[-1]
+    assert waiting > 0
+    assert browser.evaluate("player.views[0].film.queued(player.t).length") == waiting
+    assert not browser.evaluate("player.views[0].film.done")
+    (running, *_) = record.samples.loc[record.samples["step"] == len(record.steps) - 1, "request"]
+    browser.evaluate(f"light({running})")
+    assert "is decoding" in browser.evaluate("player.views[0].part('.now').textContent")
+
+
+@needs_chromium
+def test_each_name_stands_in_its_band(browser: Browser, race: Path) -> None:
+    """Over the whole length of the name."""
+    browser.open(race / "film.html")
+    names = browser.evaluate(
+        "player.views.map(v => { const g = v.charts.getContext('2d'), draw = g.fillText, said = [];"
+        "g.fillText = (text, x, y) => said.push([text, x, y, g.measureText(text).width]); v.drawCharts();"
+        "delete g.fillText; const sums = v.binned(v.width - LEFT), pool = v.film.blocks * v.film.block;"
+        "return said.filter(([text]) => Object.values(SAID).includes(text)).map(([text, x, y, w]) => {"
+        "const c = CATEGORIES.findIndex(name => SAID[name] == text), below = i => sums.of.slice(0, c)"
+        ".reduce((a, of) => a + of[i], 0), top = (i, more) => 130 - 130 * (below(i) + more) / pool / sums.weight[i];"
+        "return [text, [...Array(Math.floor(w)).keys()].map(k => Math.round(x - LEFT) + k)"
+        ".filter(i => sums.weight[i]).every(i => top(i, sums.of[c][i]) < y - 4 && y - 4 < top(i, 0))] }) })"
+    )
+    assert all(names)
+    assert all(fits for film in names for _, fits in film), names
 
 
 @needs_chromium

@@ -14,6 +14,8 @@ from lab.plot.style import COLORS, FONT, GREY, INK, MARKERS
 COLUMNS = 4
 LABELS = 8  # commits that are named, at most
 BAND = (0.8, 1.25)  # a quarter slower, or faster
+TICKS = (0.25, 0.5, 0.8, 1, 1.25, 1.6, 2, 3, 4, 8, 16)
+SHOWN = (0.7, 2.2)  # of all panels, or more where something lies outside: what is above the band is room for the legend
 
 Points = Seq[tuple[str, float]]  # commit, time over the baseline's; several of a commit are runs
 
@@ -35,18 +37,21 @@ def history(ratios: Mapping[str, Mapping[str, Points]], commits: Seq[str]) -> Fi
             for i, (case, points) in enumerate(cases.items()):
                 color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
                 axes.plot([places[c] for c, _ in points], [y for _, y in points], ".", color=color, markersize=2)
-                seen = [commit for commit in commits if any(c == commit for c, _ in points)]
-                middle = [float(np.median([y for c, y in points if c == commit])) for commit in seen]
-                where = [places[commit] for commit in seen]
+                measured = [commit for commit in commits if any(c == commit for c, _ in points)]
+                middle = [float(np.median([y for c, y in points if c == commit])) for commit in measured]
+                where = [places[commit] for commit in measured]
                 axes.plot(where, middle, color=color, marker=marker, markersize=4, linewidth=1, label=case or None)
             axes.set_yscale("log", base=2)
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.set_yticks(TICKS, [f"{tick:g}" for tick in TICKS])
+            axes.minorticks_off()
             named = range(0, len(commits), -(-len(commits) // LABELS))
             axes.set_xticks(named, [commits[i] for i in named], rotation=60, fontsize=7)
             axes.tick_params(labelbottom=True)
             axes.spines[["top", "right"]].set_visible(False)
             if any(cases):
                 axes.legend(fontsize=6, frameon=False)
+        seen = [y for cases in ratios.values() for points in cases.values() for _, y in points]
+        grid[0, 0].set_ylim(min(SHOWN[0], 0.9 * min(seen, default=1)), max(SHOWN[1], 1.1 * max(seen, default=1)))
         text = (
             "Time of each benchmark beside its calibration, over the baseline's, by commit; grey: up to a quarter more"
         )

@@ -183,4 +183,5 @@ def _legend(figure: Figure, shown: list[str], compared: bool) -> None:
         handles.append(Patch(facecolor=color, hatch=hatch, edgecolor="white", label=text))
     if compared:
         handles.append(Patch(facecolor="none", edgecolor=GREY, label="paper, figure 2 (white: external & others)"))
-    figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False, fontsize=8.5)
+    columns = 3 if figure.get_figwidth() > 7 else 2
+    figure.legend(handles=handles, loc="outside lower left", ncols=columns, frameon=False, fontsize=8.5)

@@ -69,6 +69,17 @@ def test_no_line_runs_through_words(place: str) -> None:
     assert [words for axes in kept(place)[1].axes for words in crossed(axes)] == []
 
 
+@pytest.mark.parametrize("count", [1, 2, 6])
+def test_the_legend_is_no_wider_than_the_figure(count: int) -> None:
+    rows, _ = kept("simulated/fragmentation")
+    header = json.loads((KEPT / "simulated/fragmentation" / "header.json").read_text())
+    few = rows[rows["allocator"].isin(rows["allocator"].unique()[:count])]
+    figure = find("fragmentation").figure(few, header)
+    assert isinstance(figure, Figure)
+    FigureCanvasAgg(figure).draw()
+    assert figure.legends[0].get_window_extent().x1 <= figure.bbox.x1
+
+
 def test_prefix_shows_the_papers_ratios_in_the_colours_of_the_systems() -> None:
     rows, figure = kept("simulated/prefix")
     bars: list[Any] = [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle)]
