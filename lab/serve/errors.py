@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import traceback
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -93,12 +91,6 @@ def handle_errors(app: FastAPI) -> None:
         response = ApiError(error.status_code, str(error.detail), kind).response()
         response.headers.update(error.headers or {})
         return response
-
-    @app.exception_handler(Exception)
-    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
-        traceback.print_tb(error.__traceback__)
-        print(f"{type(error).__name__} in {request.method} {request.url.path}", file=sys.stderr, flush=True)
-        return ApiError(500, f"the server failed: {type(error).__name__}", "server_error").response()
 
 
 def _of_one_value(errors: Seq[Any]) -> list[Any]:
