@@ -66,7 +66,7 @@ class SamplingParams:
             ("n", self.n <= (self.beams or self.n), f"at most the {self.beams} beams, of which the best are given"),
             ("temperature", not (self.beams and self.temperature), "0 with beams: their search draws nothing"),
             ("temperature", 0 <= self.temperature < math.inf, "a finite number, 0 (greedy) or more"),
-            ("top_k", self.top_k >= 0, "0 (keep all) or more"),
+            ("top_k", 0 <= self.top_k < 2**63, "0 (keep all) or more, of 64 bits"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("logprobs", self.logprobs >= 0, "0 or more"),
             ("seed", -(2**63) <= self.seed < 2**63, "a number of 64 bits"),

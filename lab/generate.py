@@ -201,7 +201,8 @@ def write(file: BinaryIO, result: Result, row: Row) -> None:
         **result.memory._asdict(),
         "key": row.key,
     }
-    file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
+    line = json.dumps(answer, ensure_ascii=False)
+    file.write(line.encode(errors="backslashreplace") + b"\n")  # half of a surrogate pair, in an id, as JSON writes it
     file.flush()
 
 

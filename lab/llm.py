@@ -154,7 +154,8 @@ class LLM:
     ) -> list[Request]:
         """Every prompt as a request that can be served; InputError at the first that cannot."""
         many: list[Prompt] = [prompts] if is_one(prompts) else list(prompts)  # type: ignore[arg-type]
-        each = [params or SamplingParams()] * len(many) if isinstance(params, SamplingParams | None) else list(params)
+        one = isinstance(params, Mapping) or not isinstance(params, Iterable)  # right or wrong
+        each: list[Any] = [params or SamplingParams()] * len(many) if one else list(params)  # type: ignore[arg-type]
         if len(each) != len(many):
             raise InputError(f"{len(each)} sampling parameters for {len(many)} prompts: give one for all, or one each")
         return [self.request(i, prompt, each[i]) for i, prompt in enumerate(many)]
@@ -181,10 +182,10 @@ class LLM:
         if isinstance(prompt, Seq) and not prompt:
             raise InputError(f"prompt {index}: {prompt!r} is empty: give text, token ids or messages")
         if isinstance(prompt, str):
-            tokens = self._tokenizer(index).encode(prompt, verbose=False)
+            tokens = self._text(prompt, index)
         elif isinstance(prompt, Seq) and isinstance(prompt[0], Mapping):
             tokens = self._chat(prompt, index)  # type: ignore[arg-type]
-        elif isinstance(prompt, Seq) and all(isinstance(token, Integral) for token in prompt):
+        elif isinstance(prompt, Seq) and not isinstance(prompt, bytes) and all(isinstance(t, Integral) for t in prompt):
             tokens = [int(token) for token in prompt]  # type: ignore[arg-type]
         else:
             raise InputError(f"prompt {index}: {str(prompt)[:60]!r}: must be text, token ids, or messages of a chat")
@@ -227,6 +228,15 @@ class LLM:
         return Engine(
             self.scheduler, self.executor, tell, eos=self.eos, on_end=tell.end, on_token=tell.token, depth=depth
         )
+
+    def _text(self, text: str, index: int) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            rule = "has half of a surrogate pair, which is no text: give whole characters"
+            raise InputError(f"prompt {index}: {text[:60]!r} {rule}") from None
+        tokens: list[int] = self._tokenizer(index).encode(text, verbose=False)
+        return tokens
 
     def _chat(self, messages: Seq[Message], index: int) -> list[int]:
         for message in messages:
@@ -297,8 +307,10 @@ def _holds_nothing(group: Group, scheduler: Scheduler) -> bool:
 
 
 def is_one(prompts: Any) -> TypeGuard[Prompt]:
-    """Is this a single prompt: text, token ids, or messages?"""
-    return isinstance(prompts, str) or (isinstance(prompts, Seq) and bool(prompts) and _is_part(prompts[0]))
+    """Is this a single prompt: text, token ids, or messages; or what is no list of prompts, and no prompt either?"""
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
+        return True
+    return isinstance(prompts, Seq) and bool(prompts) and _is_part(prompts[0])
 
 
 def _is_part(item: Any) -> bool:

@@ -118,6 +118,13 @@ def test_it_goes_on_where_it_stopped(
     assert capsys.readouterr().out == "answers.jsonl has all 5 answers already\n"
 
 
+def test_an_id_is_given_back_whatever_it_is(call: Call) -> None:
+    Path("prompts.jsonl").write_text(r'{"tokens": [7], "id": "\ud83d é"}' + "\n")
+    assert call() == 0
+    assert answers()[0]["id"] == "\ud83d é"
+    assert call() == 0, "it has read what it wrote"
+
+
 def test_answers_are_written_as_they_come(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process dies after some: what it wrote is there, and counts."""
     end = lab.llm.Answers.end
@@ -180,6 +187,7 @@ def refused(call: Call, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
         ('{"prompt": "x", "tokens": [1]}', "line 3: has prompt and tokens: give one of"),
         ('{"prompt": ""}', "line 3, key prompt: '': must be text, and not empty"),
         ('{"prompt": 7}', "line 3, key prompt: '7': must be text"),
+        (r'{"prompt": "\ud83d"}', "line 3: prompt 1: '\\ud83d' has half of a surrogate pair"),
         ('{"tokens": [1, 100000]}', "line 3: prompt 1: token 100000: the model has 0 to"),
         ('{"tokens": "1 2"}', "line 3, key tokens: '1 2': must be a list of token ids"),
         ('{"messages": [{"role": "user"}]}', "line 3: prompt 1: message"),

@@ -359,6 +359,10 @@ def wrong(prompt: Any, params: Any = None, said: str = "") -> Any:
         wrong([], None, r"prompt 1: \[\] is empty"),
         wrong(7, None, "prompt 1: '7': must be text, token ids, or messages"),
         wrong([7, "x"], None, "must be text, token ids, or messages"),
+        wrong(None, None, "prompt 1: 'None': must be text, token ids, or messages"),
+        wrong(b"A door", None, "prompt 1: .*A door.*: must be text, token ids, or messages"),
+        wrong({"role": "user", "content": "A"}, None, "prompt 1: .*: must be text, token ids, or messages"),
+        wrong("A \ud800", None, r"prompt 1: 'A .ud800' has half of a surrogate pair"),
         wrong([7, 4000], None, "prompt 1: token 4000: the model has 0 to 383: take its own"),
         wrong([-1], None, "prompt 1: token -1"),
         wrong([{"role": "user"}], None, "prompt 1: message .*: must be .*content"),
@@ -385,6 +389,7 @@ def test_wrong_input(llm: LLM, monkeypatch: pytest.MonkeyPatch, prompt: Any, par
         ({"temperature": "hot"}, "temperature='hot': must be a number"),
         ({"temperature": float("nan")}, "temperature=nan: must be a finite number"),
         ({"top_p": 0}, "top_p=0: must be in"),
+        ({"top_k": 10**30}, "top_k=1000.*: must be 0 .keep all. or more, of 64 bits"),
         ({"seed": 2**63}, "seed=9223372036854775808: must be a number of 64 bits"),
         ({"stop": ("",)}, r"stop=\('',\): must be token ids, and strings that are not empty"),
         ({"stop": 1.5}, r"stop=\(1.5,\): must be token ids, and strings"),
@@ -421,6 +426,12 @@ def test_wrong_options(tiny: tuple[str, Any], options: dict[str, Any], said: str
 def test_other_things_that_are_wrong(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="2 sampling parameters for 3 prompts"):
         llm.generate(PROMPTS[:3], [MORE, MORE])
+    for one in (None, 5, 1.5, b"A door", {"role": "user", "content": "A"}):
+        with pytest.raises(InputError, match=r"prompt 0: .*: must be text, token ids, or messages of a chat"):
+            llm.generate(one)  # type: ignore[arg-type]
+    for params in (5, {"max_tokens": 3}):
+        with pytest.raises(InputError, match=r"prompt 0: parameters .*: must be SamplingParams"):
+            llm.generate("A door", params)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="n=2, beams=0: one output is streamed"):
         llm.stream("A", SamplingParams(n=2))
     with pytest.raises(InputError, match=r"prompt 0: '' is empty"):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
+import math
 import os
 import signal
 import socket
 import sys
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -23,6 +26,7 @@ from lab.serve.metrics import Metrics
 from lab.serve.worker import Options
 
 RED_S = 1.0  # that /health says the engine has died before the server ends
+DRAIN_S = 5  # that a draining server waits for connections, when all answers have had their time
 KEY = "KVLAB_API_KEY"
 
 HELP = f"""
@@ -64,7 +68,7 @@ def _main(arguments: list[str]) -> int:
     model = args.name or args.model
     client = Client(Options(llm, args.prompt_tokens), limits, Metrics(model))
     policies = {name: llm[name] for name in ("allocator", "scheduler", "preemption")}
-    app = application(client, model, policies, args.api_key or os.environ.get(KEY) or None)
+    app = application(client, model, policies, _key(args.api_key))
     listening = listen(args.host, args.port)
     host, port = listening.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -74,11 +78,15 @@ def _main(arguments: list[str]) -> int:
         print(f"serving {model} on {url}/v1: {args.allocator}, {args.scheduler}, {memory}", flush=True)
 
     client.on_ready = told
-    server = Server(client, uvicorn.Config(app, log_level="warning", access_log=False, http="h11", ws="none"))
+    # What is under way ends in time by itself, but for those who do not read it, or sent half a request.
+    patience_s = math.ceil(limits.seconds) + DRAIN_S
+    quiet: Any = {"log_level": "warning", "access_log": False}
+    config = uvicorn.Config(app, http="h11", ws="none", timeout_graceful_shutdown=patience_s, **quiet)
+    server = Server(client, config)
     try:
         server.run(sockets=[listening])
     finally:
-        client.stop(0.0 if server.force_exit else 5.0)
+        client.stop(0.0 if server.force_exit or client.ready is None else 5.0)
     if client.broken:
         raise InputError(client.broken)
     return 1 if client.died else 0
@@ -94,6 +102,8 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.force_exit = self.client.draining
+        if self.force_exit:
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # that answers are cut off was asked for
         self.client.draining = self.should_exit = True
 
     def engine_ended(self) -> None:
@@ -110,6 +120,13 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
         raise InputError(f"{host} port {port}: {error}: choose another --host or --port") from None
+
+
+def _key(given: str | None) -> str | None:
+    """Of the command line, or the environment, where nothing counts as none."""
+    if given is not None and not given.strip():
+        raise InputError(f"--api-key {given!r}: must not be empty: leave it out where none is wanted")
+    return (given or os.environ.get(KEY, "")).strip() or None
 
 
 def _limits(args: argparse.Namespace) -> Limits:

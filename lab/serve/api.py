@@ -31,6 +31,7 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
         _400="Something in the request is wrong, or can never fit",
         _401="No valid API key",
         _404="Another model than the one there is",
+        _408="The body did not come",
         _413="The body is too long",
         _429="The queue is full, or there are too many streams: come back after Retry-After seconds",
         _500="The step that the request was in failed",

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -129,7 +130,8 @@ class Client:
         self._stopping = True
         self._outbox.put(Stop())
         if self._process is not None:
-            self._process.join(patience_s)
+            with suppress(KeyboardInterrupt):  # another signal
+                self._process.join(patience_s)
             if self._process.is_alive():
                 self._process.kill()
                 self._process.join()
@@ -146,6 +148,8 @@ class Client:
         try:
             while True:
                 message = self._outbox.get()
+                if isinstance(message, Submit) and message.key not in self.calls:
+                    continue  # given up meanwhile
                 pipe.send(message)
                 if isinstance(message, Stop):
                     return

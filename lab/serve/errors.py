@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-import traceback
+from collections.abc import Sequence as Seq
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -79,14 +78,11 @@ def handle_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        path = [str(part) for part in first["loc"][1:]]
         if first["type"] == "json_invalid":
-            message, path = f"the body is no JSON: {first['ctx']['error']} at character {first['loc'][1]}", []
-        elif first["type"] == "extra_forbidden":
-            message = f"{'.'.join(path)}: this server knows no such parameter: leave it out"
+            message, param = f"the body is no JSON: {first['ctx']['error']} at character {first['loc'][1]}", None
         else:
-            message = f"{'.'.join(path) or 'body'}: {first['msg']}"
-        param = path[0] if path else None
+            message = "; or ".join(dict.fromkeys(_said(one) for one in _of_one_value(error.errors())))
+            param = str(first["loc"][1]) if first["loc"][1:] else None
         return ApiError(400, message, "invalid_request_error", param=clean(param) if param else None).response()
 
     @app.exception_handler(HTTPException)
@@ -96,11 +92,27 @@ def handle_errors(app: FastAPI) -> None:
         response.headers.update(error.headers or {})
         return response
 
-    @app.exception_handler(Exception)
-    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
-        traceback.print_tb(error.__traceback__)
-        print(f"{type(error).__name__} in {request.method} {request.url.path}", file=sys.stderr, flush=True)
-        return ApiError(500, f"the server failed: {type(error).__name__}", "server_error").response()
+
+def _of_one_value(errors: Seq[Any]) -> list[Any]:
+    """The first, and where its value may be of several kinds, the first of each: `loc` names them, as in list[Part]."""
+    loc = errors[0]["loc"]
+    kind = next((i for i, part in enumerate(loc) if _is_kind(part)), len(loc))
+    found: dict[Any, Any] = {}
+    for one in errors:
+        if one["loc"][:kind] == loc[:kind]:
+            found.setdefault(one["loc"][kind : kind + 1], one)
+    return list(found.values())
+
+
+def _said(error: Any) -> str:
+    *path, last = error["loc"][1:] or ["body"]
+    unknown = error["type"] == "extra_forbidden"
+    names = [str(part) for part in path if not _is_kind(part)] + ([str(last)] if unknown or not _is_kind(last) else [])
+    return f"{'.'.join(names)}: {'this server knows no such parameter: leave it out' if unknown else error['msg']}"
+
+
+def _is_kind(part: int | str) -> bool:
+    return isinstance(part, str) and "[" in part
 
 
 def clean(text: str) -> str:

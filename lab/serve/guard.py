@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import hmac
+import sys
 import time
+import traceback
 from contextlib import suppress
 
 from starlette.datastructures import Headers
@@ -15,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lab.serve.errors import ApiError
 
 RECEIVED = "kvlab.received_s"  # in a request's scope: time.perf_counter()
+PATIENCE_S = 60.0  # in which a body must have come
 LINGER_S = 1.0  # in which a body that was refused is thrown away: a client that is writing would not read the answer
 
 
@@ -39,36 +42,61 @@ class Guard:
                 response.headers["www-authenticate"] = 'Basic realm="any name, and as password the API key"'
             return await response(scope, receive, send)
         announced = headers.get("content-length", "0")
-        return await self.app(scope, self._limited(receive, int(announced) if announced.isdigit() else 0), send)
+        limited = self._limited(receive, int(announced) if announced.isdigit() else 0)
+        started = False
+
+        async def sending(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, limited, sending)
+        except Exception as error:  # here, and not by who would log what it says: it may quote the prompt
+            traceback.print_tb(error.__traceback__)
+            name = type(error).__name__
+            print(f"{name} in {scope['method']} {scope['path']}", file=sys.stderr, flush=True)
+            if not started:
+                await ApiError(500, f"the server failed: {name}", "server_error").response()(scope, receive, send)
 
     def _is_key(self, scope: Scope, headers: Headers) -> bool:
         """Compared in a time that says nothing about the key. A browser asks for a password, and sends it as Basic."""
         assert self.api_key is not None
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given, known = key.strip().encode(), scheme.lower() == "bearer"
+        given, known = key.strip().encode("latin-1"), scheme.lower() == "bearer"
         if _is_page(scope) and scheme.lower() == "basic":
             with suppress(ValueError):
                 given, known = base64.b64decode(given, validate=True).partition(b":")[2], True
         return hmac.compare_digest(given, self.api_key) and known
 
     def _limited(self, receive: Receive, announced: int) -> Receive:
-        read = 0
+        read, more = 0, True
 
         async def limited() -> Message:
-            nonlocal read
-            more = True
+            nonlocal read, more
             if announced <= self.body:
-                message = await receive()
+                if not more:
+                    return await receive()  # that it has gone
+                message = await self._in_time(receive, until_s)
                 read += len(message.get("body", b""))
+                more = message.get("more_body", False)
                 if read <= self.body:
                     return message
-                more = message.get("more_body", False)
             if more:
                 await _discard(receive)
             size = f"{announced} bytes" if announced > self.body else "more bytes than it takes"
             raise HTTPException(413, f"a body of {size}: at most {self.body}: shorten it", {"connection": "close"})
 
+        until_s = time.perf_counter() + PATIENCE_S
         return limited
+
+    async def _in_time(self, receive: Receive, until_s: float) -> Message:
+        try:
+            async with asyncio.timeout(until_s - time.perf_counter()):
+                return await receive()
+        except TimeoutError:
+            said = f"the body did not come within {PATIENCE_S:g} s: send it again"
+            raise HTTPException(408, said, {"connection": "close"}) from None
 
 
 def _is_page(scope: Scope) -> bool:

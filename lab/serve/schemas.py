@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from lab.core import InputError, SamplingParams
 from lab.serve.client import Limits
 from lab.serve.errors import ApiError, wrong
 
 MAX_STOP = 256  # characters of a stop string
+MAX_KEYS = 100  # of an object: each that is not known is named
 MAX_SEED = 9_223_372_036_854_776_000  # OpenAI's; the few that 64 bits do not hold are folded into them
 DEFAULT_TOKENS = 16  # of a completion, where nobody says: OpenAI's; a chat goes on to the end
 
@@ -24,13 +25,22 @@ def whole(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(whole)]
-Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP), AfterValidator(whole)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Json = dict[str, Any]
+T = TypeVar("T")
+List = Annotated[list[T], Field(fail_fast=True)]  # to name each of a million wrong items holds up everybody else
 
 
 class Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def few(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_KEYS:
+            raise ValueError(f"{len(value)} parameters, more than there are: leave out what this server does not know")
+        return value
 
 
 class StreamOptions(Model):
@@ -49,7 +59,7 @@ class Sampling(Model):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, lt=2**31, description="not OpenAI's: draw among so many; 0 is all")
     seed: int | None = Field(None, ge=-MAX_SEED, le=MAX_SEED, description="the same seed and prompt, the same answer")
-    stop: Stop | list[Stop] | None = None
+    stop: Stop | List[Stop] | None = None
     ignore_eos: bool | None = Field(None, description="not OpenAI's: go on to max_tokens, whatever the model says")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -112,7 +122,7 @@ class Sampling(Model):
 class CompletionRequest(Sampling):
     """Text that goes on as it stands."""
 
-    prompt: Text | list[Text] | list[Token] | list[list[Token]] = Field(
+    prompt: Text | List[Text] | List[Token] | List[List[Token]] = Field(
         description="one or several: text, or token ids"
     )
     echo: bool | None = Field(None, description="give the prompt back, too")
@@ -155,7 +165,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="ignore", strict=True)
     role: Text = Field(min_length=1, max_length=64)
-    content: Text | list[Part]
+    content: Text | List[Part]
     name: str | None = None
 
 
@@ -166,12 +176,12 @@ class ResponseFormat(Model):
 class ChatRequest(Sampling):
     """A chat, through the model's template."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: List[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, lt=2**31, description="alternatives to each token")
     response_format: ResponseFormat | None = Field(None, description="only text")
-    modalities: list[Literal["text"]] | None = None
+    modalities: List[Literal["text"]] | None = None
     tools: list[Any] | None = Field(None, max_length=0, description="only none")
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None

@@ -42,12 +42,12 @@ def main(pipe: Connection, options: Options) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # who started it is asked to end, and tells
     try:
-        llm = lab.LLM(**options.llm, recording=False)
-        warm_up(llm)
-    except InputError as error:
-        pipe.send(Broken(str(error)))
-        return
-    try:
+        try:
+            llm = lab.LLM(**options.llm, recording=False)
+            warm_up(llm)
+        except InputError as error:
+            pipe.send(Broken(str(error)))
+            return
         Worker(llm, pipe, options).serve()
     except BaseException:
         traceback.print_exc()
@@ -95,7 +95,7 @@ class Worker:
         self.tell()
         while not self.stopping:
             self.take()
-            if self.busy:
+            if self.busy or self.done:  # which a step that failed may leave
                 self.step()
             else:
                 llm.executor.wait(math.inf)
@@ -135,7 +135,8 @@ class Worker:
         if not self.busy:
             self.watch.idle(self.llm.executor.now, self.llm.scheduler.allocator)
         print(f"a step failed; {len(lost)} requests were in it, {len(going)} go on", file=sys.stderr, flush=True)
-        self.send(News([Failed(key, f"the step it was in failed: {type(error).__name__}") for key in lost]))
+        failed: list[Any] = [Failed(key, f"the step it was in failed: {type(error).__name__}") for key in lost]
+        self.send(News(failed, *self.watch.take(), film=self.watch.film()))  # now: nothing may follow
 
     def take(self) -> None:
         """Hand to the engine what has come."""

@@ -22,14 +22,32 @@ STEP_S = float(os.environ.get("KVLAB_TEST_STEP_S", "0.02"))
 
 def slow(capacity: int, block: int, limits: Limits) -> Allocator:
     """Steps that last, so that a test can do something meanwhile."""
-    launch: Any = TorchExecutor.launch
+    launch: Any = getattr(TorchExecutor.launch, "quick", TorchExecutor.launch)  # policies are made more than once
 
     def slowly(self: Any, plan: Plan, tables: Any) -> None:
         time.sleep(STEP_S)
         launch(self, plan, tables)
 
+    slowly.quick = launch  # type: ignore[attr-defined]
     TorchExecutor.launch = slowly  # type: ignore[method-assign]
     return ALLOCATORS.get("paged")(capacity, block, limits)
+
+
+def stuck(capacity: int, block: int, limits: Limits) -> Allocator:
+    """Takes its time to be made."""
+    time.sleep(60)
+    return ALLOCATORS.get("paged")(capacity, block, limits)
+
+
+def broken(capacity: int, block: int, limits: Limits) -> Allocator:
+    """Fails whatever is asked of it."""
+    memory: Any = ALLOCATORS.get("paged")(capacity, block, limits)
+
+    def extending(s: Sequence, length: int) -> bool:
+        raise RuntimeError("planted in every step")
+
+    memory.extend = extending
+    return memory
 
 
 def failing(capacity: int, block: int, limits: Limits) -> Allocator:

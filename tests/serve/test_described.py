@@ -45,7 +45,7 @@ def test_it_describes_itself(server: Running) -> None:
     answers = {
         status for path in DESCRIPTION["paths"].values() for call in path.values() for status in call["responses"]
     }
-    assert answers == {"200", "400", "401", "404", "413", "429", "500", "503", "504"}
+    assert answers == {"200", "400", "401", "404", "408", "413", "429", "500", "503", "504"}
 
 
 @pytest.fixture

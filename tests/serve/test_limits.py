@@ -12,7 +12,10 @@ import httpx
 import openai
 import pytest
 from plugins import STEP_S
+from pydantic import ValidationError
 from running import Running
+
+from lab.serve.schemas import ChatRequest, CompletionRequest
 
 KEY = "sesame"
 SECONDS = 3.0
@@ -46,7 +49,8 @@ def error(response: httpx.Response, status: int) -> dict[str, Any]:
         ({"n": 4}, "n=4: this server gives at most 3 answers"),
         ({"stop": ["a", "b", "c"]}, "stop='3 strings': this server takes at most 2"),
         ({"stop": "x" * 257}, "stop"),
-        ({"stop": [""]}, "stop"),
+        ({"stop": [""]}, "stop.0: String should have at least 1 character"),
+        ({"stop": 3}, "stop: Input should be a valid string; or stop: Input should be a valid list"),
         ({"logprobs": 5}, "logprobs=5: this server gives at most 4"),
         ({"prompt": ["a", "b", "c"]}, "prompt='3 prompts': this server takes at most 2 a call"),
         ({"prompt": []}, "prompt='[]': give at least one"),
@@ -54,9 +58,10 @@ def error(response: httpx.Response, status: int) -> dict[str, Any]:
         ({"prompt": [7] * 61}, "prompt 0: 61 tokens, more than the 60 that this server takes"),
         ({"prompt": [7, 5000]}, "prompt 0: token 5000: the model has 0 to 383"),
         ({"prompt": [7], "max_tokens": 199, "n": 3}, "3 x 200 tokens do not fit an empty pool of 400 tokens"),
-        ({"prompt": {"a": 1}}, "prompt"),
+        ({"prompt": {"a": 1}}, "prompt: Input should be a valid string; or prompt: Input should be a valid list"),
+        ({"prompt": [7, "a"]}, "prompt.1: Input should be a valid integer"),
         ({"prompt": "\ud800"}, "send whole characters"),
-        ({"stop": "\udfff"}, "send whole characters"),
+        ({"stop": "\udfff"}, "unable to parse raw data as a unicode string"),
         ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
         ({"max_tokens": "5"}, "max_tokens: Input should be a valid integer"),
         ({"max_tokens": 1.5}, "max_tokens"),
@@ -72,6 +77,7 @@ def error(response: httpx.Response, status: int) -> dict[str, Any]:
         ({"logit_bias": {"7": 1}}, "logit_bias"),
         ({"stream_options": {"include_usage": True}}, "stream_options='...': only with stream=true"),
         ({"max_token": 5}, "max_token: this server knows no such parameter"),
+        ({"a[0]": 5}, "a[0]: this server knows no such parameter"),
         ({"\ud800": 5}, "unicode"),
     ],
 )
@@ -93,7 +99,11 @@ def test_what_cannot_be_is_said_with_its_number(
     [
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages.0"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages.0.content.0.type: ",
+        ),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content: Input should be a valid string; or"),
         ({"top_logprobs": 2}, "top_logprobs=2: only with logprobs=true"),
         ({"logprobs": True, "top_logprobs": 5}, "at most 4"),
         ({"tools": [{"type": "function"}]}, "tools"),
@@ -103,6 +113,25 @@ def test_what_cannot_be_is_said_with_its_number(
 def test_the_same_of_a_chat(small: Running, asked: dict[str, Any], said: str) -> None:
     body = {"messages": [{"role": "user", "content": "Hello"}], **asked}
     assert said in error(small.post("chat/completions", **body), 400)["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": [True] * 200_000},
+        {"prompt": [[-1]] * 200_000},
+        {"prompt": "A", "stop": [""] * 200_000},
+        {"prompt": "A"} | {f"unknown_{i}": 0 for i in range(80_000)},
+        {"messages": [0] * 200_000},
+        {"messages": [{"role": "user", "content": [0] * 200_000}]},
+    ],
+)
+def test_a_body_that_is_all_wrong_is_not_told_of_in_full(body: dict[str, Any]) -> None:
+    """The event loop would make a list of a million complaints, and serve nobody meanwhile."""
+    form = ChatRequest if "messages" in body else CompletionRequest
+    with pytest.raises(ValidationError) as wrong:
+        form.model_validate({"model": "tiny", **body})
+    assert wrong.value.error_count() < 10
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ class Driven:
 
     def run(self) -> None:
         self.worker.take()
-        while self.worker.busy:
+        while self.worker.busy or self.worker.done:
             self.step()
         self.hear()
 
@@ -219,6 +219,26 @@ def test_a_failing_step_costs_those_in_it_alone(
     for key, answer in answers.items():
         assert answer.outputs[0].text == expected[key]
         assert driven.texts().get(key) == (expected[key] if key % 3 else None), "streamed, or whole"
+
+
+def test_a_failing_step_is_told_though_nothing_follows(tiny: tuple[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so is what ended in it before it failed."""
+    driven = Driven(tiny[0], monkeypatch)
+    end: Any = driven.llm.engine.on_end
+
+    def ending(group: Any) -> None:
+        if group.request.id == 1:
+            raise RuntimeError("planted where a request ends")
+        end(group)
+
+    driven.llm.engine.on_end = ending
+    driven.submit(0, [5, 6], params(4, logprobs=1))
+    driven.submit(1, [7, 8], params(4))
+    driven.run()
+    assert (list(driven.of(Answer)), list(driven.of(Failed))) == ([0], [1])
+    assert sum(news.counts.failed_steps for news in driven.news if news.counts) == 1
+    assert [news.gauges.free for news in driven.news if news.gauges][-1] == driven.llm.scheduler.allocator.capacity
+    assert not driven.worker.open
 
 
 @pytest.mark.parametrize("allocator", ["paged", "paged-prefix", "contiguous-max-firstfit"])
