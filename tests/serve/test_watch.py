@@ -323,7 +323,7 @@ def test_the_page_follows_the_server(browser: Browser, slow: Running) -> None:
     stopped, end = browser.evaluate(f"[{moment}, player.end]")
     browser.wait(f"player.end > {end + 0.6}")
     assert browser.evaluate(moment) == pytest.approx(stopped, abs=1e-3)
-    assert browser.evaluate("page('time').textContent").endswith("s ago")
+    browser.wait("page('time').textContent.endsWith('s ago')")
     browser.evaluate("page('scrub').value = 0, page('scrub').dispatchEvent(new Event('input'))")
     browser.wait(f"{NOW}.includes('0 requests running')")
     sums = browser.evaluate(SUMS)
