@@ -11,12 +11,10 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from numbers import Integral
-from typing import Any, TypeGuard
+from typing import Any
 
 from tqdm import tqdm
 
@@ -27,9 +25,7 @@ from lab.core import UNKNOWN, Group, InputError, Limits, Request, SamplingParams
 from lab.engine import Engine
 from lab.record import Record, Recorder, describe
 from lab.schedulers import SCHEDULERS, Scheduler
-
-Message = Mapping[str, Any]  # of a chat: role and content
-Prompt = str | Seq[int] | Seq[Message]  # text as it stands, token ids, or a chat through the model's template
+from lab.tokenise import Prompt, encode, is_one, needed
 
 ON_A_CPU = "512MiB"  # of K and V, where nobody says more; on a GPU 90 % of what is free
 DTYPES = ("float32", "bfloat16", "float16")
@@ -169,7 +165,7 @@ class LLM:
             asked = f"stop={strings[0]!r}" if strings else f"logprobs={params.logprobs}"
             raise InputError(f"prompt {index}: {asked}: a beam search cannot, leave it out or take beams=0")
         if strings:
-            added = self._tokenizer(index).get_added_vocab()  # which text leaves out
+            added = needed(self.tokenizer, index).get_added_vocab()  # which text leaves out
             params = replace(params, stop=tuple(added.get(stop, stop) for stop in params.stop))
         request = Request(index, 0.0, array("i", self.encode(prompt, index)), sampling=params)
         if reason := self.scheduler.refusal(request):
@@ -178,23 +174,7 @@ class LLM:
 
     def encode(self, prompt: Prompt, index: int = 0) -> list[int]:
         """Token ids of a prompt, of which there is at least one."""
-        tokens: list[int]
-        if isinstance(prompt, Seq) and not prompt:
-            raise InputError(f"prompt {index}: {prompt!r} is empty: give text, token ids or messages")
-        if isinstance(prompt, str):
-            tokens = self._text(prompt, index)
-        elif isinstance(prompt, Seq) and isinstance(prompt[0], Mapping):
-            tokens = self._chat(prompt, index)  # type: ignore[arg-type]
-        elif isinstance(prompt, Seq) and not isinstance(prompt, bytes) and all(isinstance(t, Integral) for t in prompt):
-            tokens = [int(token) for token in prompt]  # type: ignore[arg-type]
-        else:
-            raise InputError(f"prompt {index}: {str(prompt)[:60]!r}: must be text, token ids, or messages of a chat")
-        wrong = next((token for token in tokens if not 0 <= token < self.vocabulary), None)
-        if wrong is not None:
-            raise InputError(f"prompt {index}: token {wrong}: the model has 0 to {self.vocabulary - 1}: take its own")
-        if not tokens:
-            raise InputError(f"prompt {index}: {str(prompt)[:60]!r} gives no token: leave it out")
-        return tokens
+        return encode(prompt, index, self.tokenizer, self.vocabulary)
 
     def decode(self, tokens: list[int]) -> str:
         """Their text, without special tokens; empty where the model has no tokenizer."""
@@ -228,35 +208,6 @@ class LLM:
         return Engine(
             self.scheduler, self.executor, tell, eos=self.eos, on_end=tell.end, on_token=tell.token, depth=depth
         )
-
-    def _text(self, text: str, index: int) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            rule = "has half of a surrogate pair, which is no text: give whole characters"
-            raise InputError(f"prompt {index}: {text[:60]!r} {rule}") from None
-        tokens: list[int] = self._tokenizer(index).encode(text, verbose=False)
-        return tokens
-
-    def _chat(self, messages: Seq[Message], index: int) -> list[int]:
-        for message in messages:
-            if not (isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message):
-                rule = 'must be {"role": "user", "content": "..."}'
-                raise InputError(f"prompt {index}: message {str(message)[:60]!r}: {rule}")
-        tokenizer = self._tokenizer(index)
-        if not tokenizer.chat_template:
-            raise InputError(f"prompt {index}: the model has no chat template: give text, or take an instruct model")
-        make: Callable[..., list[int]] = tokenizer.apply_chat_template
-        try:
-            return make(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False)
-        except Exception as error:  # templates refuse what they like, by whatever error
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(f"prompt {index}: the model's chat template refuses it: {said}") from error
-
-    def _tokenizer(self, index: int) -> Any:
-        if self.tokenizer is None:
-            raise InputError(f"prompt {index}: random weights have no tokenizer: give token ids, or take a real model")
-        return self.tokenizer
 
     def _stream(self, request: Request) -> Generator[str, None, Result]:
         self._begin()
@@ -304,17 +255,6 @@ def _holds_nothing(group: Group, scheduler: Scheduler) -> bool:
     """Has a group that waits no K and V anywhere, and no token on its way?"""
     known = all(s.tokens[-1] != UNKNOWN for s in group.sequences)
     return known and group not in scheduler.host.saved and not any(s.computed for s in group.live)
-
-
-def is_one(prompts: Any) -> TypeGuard[Prompt]:
-    """Is this a single prompt: text, token ids, or messages; or what is no list of prompts, and no prompt either?"""
-    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
-        return True
-    return isinstance(prompts, Seq) and bool(prompts) and _is_part(prompts[0])
-
-
-def _is_part(item: Any) -> bool:
-    return isinstance(item, Integral | Mapping)
 
 
 def longest(asked: int | None, of_the_model: int, pool: int) -> int:
