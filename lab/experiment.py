@@ -28,6 +28,8 @@ from lab.shapes import SHAPES
 from lab.systems import SYSTEMS, system
 from lab.workloads import ARRIVALS
 
+MOST_SEEDS = 1000
+
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -235,12 +237,13 @@ def _seeds(text: str | None) -> list[int] | None:
         return None
     try:
         first, dash, last = text.partition("-")
-        seeds = list(range(int(first), int(last) + 1)) if dash else [int(seed) for seed in text.split(",")]
-        if not seeds or min(seeds) < 0:
+        seeds = range(int(first), int(last) + 1) if dash else [int(seed) for seed in text.split(",")]
+        if not 0 < len(seeds) <= MOST_SEEDS or min(seeds) < 0:
             raise ValueError
-        return seeds
-    except ValueError:
-        raise InputError(f"seeds {text!r}: give whole numbers from 0 on, as 0,1,2 or 0-9") from None
+        return list(seeds)
+    except (ValueError, OverflowError):
+        rule = f"give whole numbers from 0 on, {MOST_SEEDS} at most, as 0,1,2 or 0-9"
+        raise InputError(f"seeds {text!r}: {rule}") from None
 
 
 if __name__ == "__main__":

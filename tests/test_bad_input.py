@@ -93,6 +93,8 @@ NUMBERS = [
     ("--quick --duration 0", "duration 0.0: must be"),
     ("--seeds a", "seeds 'a': give whole numbers"),
     ("--seeds 5-1", "seeds '5-1': give whole numbers"),
+    ("--seeds 0-1000", "seeds '0-1000': give whole numbers from 0 on, 1000 at most"),
+    ("--seeds 0-99999999999999999999", "seeds '0-99999999999999999999': give whole numbers"),
     ("--seeds 9999999999", "seed 9999999999: must be from 0"),
 ]
 
