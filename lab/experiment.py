@@ -16,7 +16,7 @@ from typing import Any
 
 import experiments
 from lab.allocators import ALLOCATORS
-from lab.check import check
+from lab.check import check, check_numbers
 from lab.command import Parser, status
 from lab.core import InputError, Registry, unknown
 from lab.hardware import HARDWARE
@@ -75,6 +75,7 @@ def _checked(experiment: Experiment, options: Options, fresh: bool = False) -> l
     make_room(options.out)
     runs = experiment.runs(options)
     for run in runs:
+        check_numbers(run)
         if fresh or not (options.out / "runs" / run.key() / HEADER).is_file():
             check(run)
     return runs

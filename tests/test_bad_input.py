@@ -121,6 +121,15 @@ NAMES = [
 ]
 
 
+def test_a_setting_that_its_record_does_not_depend_on_is_refused_beside_the_record(
+    refused: Refused, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = [*SIMULATED, "--allocator", "paged", "--duration", "20", "--out", str(tmp_path)]
+    assert main(["fragmentation", *small]) == 0
+    capsys.readouterr()
+    assert refused(*small, "--max-tokens", "0") == "max_tokens=0: must be at least 1"
+
+
 @pytest.mark.parametrize(("arguments", "said"), NUMBERS + NAMES)
 def test_a_wrong_value(arguments: str, said: str, refused: Refused, tmp_path: Path) -> None:
     assert said in refused(*SIMULATED, *arguments.split())
