@@ -141,7 +141,7 @@ def heat(
     """Each table as a map, one beside the other: its index down, its columns across, `spread` below each number."""
     with mpl.rc_context(FONT):
         height = 1.6 + 0.42 * max(len(table) for table in tables.values())
-        width = 2.2 + sum(0.25 + 0.8 * len(table.columns) for table in tables.values())
+        width = 2.2 + sum(max(2.2, 0.25 + 0.8 * len(table.columns)) for table in tables.values())
         figure = Figure(figsize=(width, height), layout="constrained")
         row = figure.subplots(1, len(tables), squeeze=False)[0]
         for axes, (name, table) in zip(row, tables.items(), strict=True):
