@@ -164,7 +164,7 @@ def figure(rows: pd.DataFrame, header: Mapping[str, Any]) -> Figure:
     """Above, figure 12 of the paper; below, what its choice of a threshold would have changed."""
     workloads = list(dict.fromkeys(rows["workload"]))
     with mpl.rc_context(FONT):
-        figure = Figure(figsize=(max(8.4, 1.6 + 4.6 * len(workloads)), 7.6), layout="constrained")
+        figure = Figure(figsize=(max(8.4, 1.2 + 4.0 * len(workloads)), 7.6), layout="constrained")
         grid = figure.subplots(2, len(workloads), squeeze=False)
         for (above, below), workload in zip(grid.T, workloads, strict=True):
             here = rows[rows["workload"] == workload]

@@ -152,7 +152,7 @@ def figure(rows: pd.DataFrame, header: Mapping[str, Any]) -> Figure:
     parts = dict(iter(pairs.groupby("part", sort=False)))
     widths = [own["point"].nunique() for own in parts.values()]
     with mpl.rc_context(FONT):
-        figure = Figure(figsize=(2.4 + 1.1 * sum(widths), 5.0), layout="constrained")
+        figure = Figure(figsize=(max(9.0, 1.6 + 0.8 * sum(widths)), 5.0), layout="constrained")
         row = figure.subplots(1, len(parts), sharey=True, squeeze=False, width_ratios=widths)[0]
         for axes, (part, own) in zip(row, parts.items(), strict=True):
             band = axes.axhspan(-PER_CENT, PER_CENT, color=BAND, zorder=0)
@@ -162,7 +162,7 @@ def figure(rows: pd.DataFrame, header: Mapping[str, Any]) -> Figure:
                 axes.scatter(x, own[key], color=color, marker=marker, s=26, label=title)
             loads = own.drop_duplicates("point").set_index("point")["load"]
             texts = [f"{point}, load {load:.2f}" if load > 0 else point for point, load in loads.to_dict().items()]
-            axes.set_xticks(range(len(texts)), ["\n".join(fill(t, 15) for t in text.split(", ")) for text in texts])
+            axes.set_xticks(range(len(texts)), ["\n".join(fill(t, 12) for t in text.split(", ")) for text in texts])
             axes.set_xlim(-0.6, len(texts) - 0.4)
             axes.tick_params("x", labelsize=8)
             axes.set_xlabel(part)

@@ -251,7 +251,7 @@ def _batch_at(points: pd.DataFrame, system: str, gb: float) -> float:
 
 
 def _seen(values: pd.Series, digits: int) -> str:
-    return ", ".join(f"{value:.{digits}f}" for value in values)
+    return ", ".join("none" if np.isnan(value) else f"{value:.{digits}f}" for value in values)
 
 
 def _draw(axes: Axes, points: pd.DataFrame, ends: pd.DataFrame, name: str, system: str) -> None:

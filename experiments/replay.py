@@ -3,8 +3,8 @@
 `--workload PATH` names it: CSV, CSV.GZ or Parquet with `prompt_tokens` and `output_tokens`, and `arrival_s` where they
 are known (`lab.workloads.traces`: ids of prompt blocks are read, too). Requests come at the trace's own times, or with
 `--rate` at those times stretched to that many per second; a trace without times comes at 4 requests/s, as Poisson has
-it. Rows that reach `--length` are left out and counted. All that arrives is served, so that nothing is lost unseen.
-With no --workload, the 256 lengths of `opt13b-256` (like ShareGPT's, at 4 requests/s) show what there is to see.
+it, with three seeds. Rows that reach `--length` are left out and counted. All that arrives is served, so that nothing
+is lost unseen. With no --workload, the 256 lengths of `opt13b-256` (like ShareGPT's) show what there is to see.
 
 A trace is read row by row and a record written as it happens: the memory of a run grows with the queue, not with the
 trace. (For its row of the tables the record is read whole: some 0.3 GB for each million tokens generated.)
@@ -52,7 +52,7 @@ LAPTOP: dict[str, Any] = {
 QUICK = 64  # requests
 SLICES = 100  # of the time, in the figure
 LATENCIES = {  # column: what it is called, seconds
-    "normalised": "per output token\n(normalised), mean",
+    "normalised": "per output\ntoken, mean\n(normalised)",
     "ttft_p50": "first token\np50",
     "ttft_p90": "first token\np90",
     "ttft_p99": "first token\np99",
@@ -65,7 +65,8 @@ def runs(options: Options) -> list[Run]:
     if options.quick:  # a trace at its own times does not begin again when it is over
         most = len(requests_of(base)) if base.arrivals == "trace" else base.count or QUICK
         base = replace(base, count=min(QUICK, most))
-    found = [run for seed in options.seeds or [0] for run in options.variants(replace(base, seed=seed), SYSTEMS)]
+    seeds = options.seeds or ([0] if options.quick or not base.simulated or base.arrivals == "trace" else [0, 1, 2])
+    found = [run for seed in seeds for run in options.variants(replace(base, seed=seed), SYSTEMS)]
     found = [replace(run, count=base.count) for run in found]
     if options.allocators or options.schedulers or options.systems or not alike(base.workload):
         return found
@@ -202,13 +203,16 @@ def figure(rows: pd.DataFrame, header: Mapping[str, Any]) -> Figure:
     """The queue over time, how long requests took, and where memory went."""
     systems = list(dict.fromkeys(rows["system"]))
     with mpl.rc_context(FONT):
-        figure = Figure(figsize=(11.0, 6.4), layout="constrained")
+        figure = Figure(figsize=(9.0, 6.4), layout="constrained")
         queue, seconds, memory = figure.subplot_mosaic([["queue", "queue"], ["seconds", "memory"]]).values()
         for system in systems:
             own = rows[rows["system"] == system]
-            waiting = np.mean([[float(w) for w in text.split()] for text in own["queue"]], axis=0)
+            waiting = np.array([[float(w) for w in text.split()] for text in own["queue"]])  # [seeds, SLICES]
             time_s = (np.arange(SLICES) + 0.5) / SLICES * own["seconds"].mean()
-            queue.plot(time_s, waiting, label=system, color=plot.style(system)["color"], linewidth=1.6)
+            mean, deviation = waiting.mean(axis=0), waiting.std(axis=0, ddof=1) if len(own) > 1 else 0.0
+            color = plot.style(system)["color"]
+            queue.plot(time_s, mean, label=system, color=color, linewidth=1.6)
+            queue.fill_between(time_s, mean - deviation, mean + deviation, color=color, alpha=0.18, linewidth=0)
         queue.set_xlabel("time (s)")
         queue.set_ylabel("requests waiting")
         queue.set_ylim(bottom=0)
@@ -229,7 +233,7 @@ def _seconds(axes: Axes, rows: pd.DataFrame, systems: list[str]) -> None:
         at = np.arange(len(LATENCIES)) - 0.4 + width * (k + 0.5)
         axes.bar(at, mean.loc[system], 0.9 * width, color=plot.style(system)["color"])
         axes.errorbar(at, mean.loc[system], deviation.loc[system].fillna(0), color=INK, linewidth=0.9, linestyle="none")
-    axes.set_xticks(range(len(LATENCIES)), list(LATENCIES.values()), fontsize=8)
+    axes.set_xticks(range(len(LATENCIES)), list(LATENCIES.values()), fontsize=7.5)
     axes.set_yscale("log")
     axes.set_ylabel("latency (s)")
 
@@ -242,7 +246,7 @@ def _memory(axes: Axes, rows: pd.DataFrame, systems: list[str]) -> None:
             left = left + mean[name].to_numpy()
     axes.set_xlabel("share of the KV pool (%)")
     axes.set_xlim(0, 100)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=7.5)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize=7.5)
 
 
 def claims(rows: pd.DataFrame) -> list[Claim]:

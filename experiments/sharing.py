@@ -97,9 +97,10 @@ def row(run: Run, record: Record) -> dict[str, Any]:
 def tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     keys = ["workload", "mode", "width"]
     own = rows[rows["system"] == rows["system"].iloc[0]]
-    saved = own.groupby(keys, sort=False)["saved"].agg(["mean", "std"])
+    saved = own.groupby(keys, sort=False)["saved"].agg(["mean", "std", "count"])
     paper = [PAPER.get((workload, mode), {}).get(width) for workload, mode, width in saved.index]
-    first = pd.DataFrame({"paper": paper, "ours": saved["mean"], "std": saved["std"]}, index=saved.index).round(1)
+    columns = {"paper": paper, "ours": saved["mean"], "std": saved["std"], "seeds": saved["count"]}
+    first = pd.DataFrame(columns, index=saved.index).round(1)
     mean = rows.groupby([*keys, "system"], sort=False)[["requests", "requests_per_s", "copied_per_request"]].mean()
     wide = mean.unstack("system").round(2)
     if len(set(rows["system"])) > 1:

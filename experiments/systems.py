@@ -136,8 +136,12 @@ def figure(rows: pd.DataFrame, header: Mapping[str, Any]) -> Figure:
     order = list(saturated.groupby("system")["tokens_per_s"].mean().sort_values().index)
     panels = 2 + bool(len(moderate)) + bool(len(asked))
     with mpl.rc_context(FONT):
-        figure = Figure(figsize=(2.2 + 3.3 * panels, 1.9 + 0.36 * len(order)), layout="constrained")
-        row = list(figure.subplots(1, panels))
+        down = -(-panels // 2)
+        figure = Figure(figsize=(8.8, 1.1 + (0.8 + 0.36 * len(order)) * down), layout="constrained")
+        grid = list(figure.subplots(down, 2, squeeze=False).flat)
+        for unused in grid[panels:]:
+            unused.remove()
+        row = grid[:panels]
         if len(asked):
             _clients(row.pop(), asked, saturated)
         _dots(row[0], saturated, order, "tokens_per_s", "output tokens/s, saturated")
@@ -145,8 +149,8 @@ def figure(rows: pd.DataFrame, header: Mapping[str, Any]) -> Figure:
         if len(moderate):
             _dots(row[2], moderate, order, "normalised_s", "s per output token, moderate load")
             row[2].set_xscale("log")
-        for axes in row:
-            axes.set_yticks(range(len(order)), order if axes is row[0] else [""] * len(order))
+        for i, axes in enumerate(row):
+            axes.set_yticks(range(len(order)), order if i % 2 == 0 else [""] * len(order))
             axes.set_ylim(-0.6, len(order) - 0.4)
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(axis="y", length=0)

@@ -17,23 +17,7 @@ from lab.workloads import ARRIVALS
 
 def check(run: Run) -> None:
     """Raise InputError for anything in a run that cannot work, before any work."""
-    for kind, value, known in (
-        ("executor", run.executor, EXECUTORS),
-        ("preemption", run.preemption, PREEMPTION),
-        ("dtype", run.dtype, DTYPES),
-        ("arrivals", run.arrivals, ARRIVALS),
-    ):
-        if value not in known:
-            raise InputError(unknown(kind, value, known))
-    if run.depth not in (0, 1):
-        raise InputError(f"depth {run.depth}: must be 0 (collect a step, then plan) or 1 (plan the next meanwhile)")
-    if run.depth and run.simulated:
-        rule = "the virtual clock plans in no time, so there is nothing to hide"
-        raise InputError(f"depth {run.depth}: {rule}; leave --depth out, or take --executor torch")
-    for name, number in (("rate", run.rate), ("duration", run.duration_s), ("count", run.count), ("steps", run.steps)):
-        if number is not None and not (number > 0 and math.isfinite(number)):
-            raise InputError(f"{name} {number}: must be a number above zero")
-    SamplingParams(n=run.n, beams=run.beams, max_tokens=1 if run.max_tokens is None else run.max_tokens)
+    check_numbers(run)
     pool = pool_of(run)
     longest = (
         shape(run.model).max_length if run.simulated else real().model(run.model, run.device, run.dtype).max_length
@@ -51,6 +35,27 @@ def check(run: Run) -> None:
         if run.simulated:
             executor_of(run, pool.tokens)
         check_requests(run, scheduler)
+
+
+def check_numbers(run: Run) -> None:
+    """What is wrong whatever the model and the machine, also of settings that the run's record does not depend on."""
+    for kind, value, known in (
+        ("executor", run.executor, EXECUTORS),
+        ("preemption", run.preemption, PREEMPTION),
+        ("dtype", run.dtype, DTYPES),
+        ("arrivals", run.arrivals, ARRIVALS),
+    ):
+        if value not in known:
+            raise InputError(unknown(kind, value, known))
+    if run.depth not in (0, 1):
+        raise InputError(f"depth {run.depth}: must be 0 (collect a step, then plan) or 1 (plan the next meanwhile)")
+    if run.depth and run.simulated:
+        rule = "the virtual clock plans in no time, so there is nothing to hide"
+        raise InputError(f"depth {run.depth}: {rule}; leave --depth out, or take --executor torch")
+    for name, number in (("rate", run.rate), ("duration", run.duration_s), ("count", run.count), ("steps", run.steps)):
+        if number is not None and not (number > 0 and math.isfinite(number)):
+            raise InputError(f"{name} {number}: must be a number above zero")
+    SamplingParams(n=run.n, beams=run.beams, max_tokens=1 if run.max_tokens is None else run.max_tokens)
 
 
 def check_requests(run: Run, scheduler: Scheduler) -> None:

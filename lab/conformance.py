@@ -1,13 +1,14 @@
 """Is an allocator right? `complaint(MyAllocator)` says in words the first thing that is wrong with it, "" if nothing.
 
-It is asked for one request, fills tiny pools to the brim, and serves a crowd with and without room, under static and
-continuous batching and both ways to preempt. After each call its tables are compared with what it says. The text of
-each request is a checksum of memory as read through those tables (`lab.executors.checksum`), so that a wrong block, a
-lost copy or an alias shows in what comes out.
+By name or import path: `python -m lab.conformance my_module:MyAllocator`. It is asked for one request, fills tiny
+pools to the brim, and serves a crowd with and without room, under static and continuous batching and both ways to
+preempt. After each call its tables are compared with what it says. The text of each request is a checksum of memory as
+read through those tables (`lab.executors.checksum`), so that a wrong block, a lost copy or an alias shows in it.
 """
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,8 +16,9 @@ from collections.abc import Sequence as Seq
 from random import Random
 from typing import Any
 
-from lab.allocators import Allocator
+from lab.allocators import ALLOCATORS, Allocator
 from lab.check import nonsense
+from lab.command import Parser, status
 from lab.core import Group, InputError, Limits, Request, SamplingParams, Sequence
 from lab.engine import Engine
 from lab.executors.checksum import ChecksumExecutor, text
@@ -35,6 +37,21 @@ Factory = Callable[..., Allocator]
 
 class Wrong(Exception):
     """What is wrong, in words."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return status(lambda: _main(sys.argv[1:] if arguments is None else arguments), "nothing is kept")
+
+
+def _main(arguments: list[str]) -> int:
+    """Exit status 1 where something is wrong."""
+    about = "Is an allocator right? Says in words the first thing that is wrong with each."
+    parser = Parser(prog="python -m lab.conformance", description=about)
+    parser.add_argument("allocator", nargs="+", help="a name, or module:Class of your own, on PYTHONPATH")
+    found = {name: complaint(ALLOCATORS.get(name)) for name in parser.parse_args(arguments).allocator}
+    for name, wrong in found.items():
+        print(f"{name}: {wrong or 'nothing is wrong with it'}")
+    return int(any(found.values()))
 
 
 def complaint(factory: Factory) -> str:
@@ -210,3 +227,7 @@ def _where(error: Exception) -> str:
     """The allocator's method that it came through, the innermost of them."""
     names = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
     return next((f"{name}()" for name in reversed(names) if name in METHODS), "the allocator")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -16,7 +16,7 @@ from typing import Any
 
 import experiments
 from lab.allocators import ALLOCATORS
-from lab.check import check
+from lab.check import check, check_numbers
 from lab.command import Parser, status
 from lab.core import InputError, Registry, unknown
 from lab.hardware import HARDWARE
@@ -27,6 +27,8 @@ from lab.schedulers import PREEMPTION, SCHEDULERS
 from lab.shapes import SHAPES
 from lab.systems import SYSTEMS, system
 from lab.workloads import ARRIVALS
+
+MOST_SEEDS = 1000
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,6 +75,7 @@ def _checked(experiment: Experiment, options: Options, fresh: bool = False) -> l
     make_room(options.out)
     runs = experiment.runs(options)
     for run in runs:
+        check_numbers(run)
         if fresh or not (options.out / "runs" / run.key() / HEADER).is_file():
             check(run)
     return runs
@@ -235,12 +238,13 @@ def _seeds(text: str | None) -> list[int] | None:
         return None
     try:
         first, dash, last = text.partition("-")
-        seeds = list(range(int(first), int(last) + 1)) if dash else [int(seed) for seed in text.split(",")]
-        if not seeds or min(seeds) < 0:
+        seeds = range(int(first), int(last) + 1) if dash else [int(seed) for seed in text.split(",")]
+        if not 0 < len(seeds) <= MOST_SEEDS or min(seeds) < 0:
             raise ValueError
-        return seeds
-    except ValueError:
-        raise InputError(f"seeds {text!r}: give whole numbers from 0 on, as 0,1,2 or 0-9") from None
+        return list(seeds)
+    except (ValueError, OverflowError):
+        rule = f"give whole numbers from 0 on, {MOST_SEEDS} at most, as 0,1,2 or 0-9"
+        raise InputError(f"seeds {text!r}: {rule}") from None
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"lab.sources", "lab.workloads"},
     "lab.check": POLICIES
     | {"lab.engine", "lab.executors.simulated", "lab.hardware", "lab.run", "lab.shapes", "lab.workloads"},
-    "lab.conformance": POLICIES | {"lab.check", "lab.engine", "lab.executors.checksum"},
+    "lab.conformance": POLICIES | {"lab.check", "lab.command", "lab.engine", "lab.executors.checksum"},
     "lab.options": {"lab.core", "lab.run", "lab.systems"},
     "lab.bench": POLICIES
     | {"lab.engine", "lab.executors.cache", "lab.executors.torch", "lab.models", "lab.pool", "lab.real", "lab.record"}

@@ -93,6 +93,8 @@ NUMBERS = [
     ("--quick --duration 0", "duration 0.0: must be"),
     ("--seeds a", "seeds 'a': give whole numbers"),
     ("--seeds 5-1", "seeds '5-1': give whole numbers"),
+    ("--seeds 0-1000", "seeds '0-1000': give whole numbers from 0 on, 1000 at most"),
+    ("--seeds 0-99999999999999999999", "seeds '0-99999999999999999999': give whole numbers"),
     ("--seeds 9999999999", "seed 9999999999: must be from 0"),
 ]
 
@@ -117,6 +119,15 @@ NAMES = [
     ("--workload prompts", "nothing here tokenises it: run a real model"),
     ("--frob", "unrecognized arguments: --frob"),
 ]
+
+
+def test_a_setting_that_its_record_does_not_depend_on_is_refused_beside_the_record(
+    refused: Refused, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = [*SIMULATED, "--allocator", "paged", "--duration", "20", "--out", str(tmp_path)]
+    assert main(["fragmentation", *small]) == 0
+    capsys.readouterr()
+    assert refused(*small, "--max-tokens", "0") == "max_tokens=0: must be at least 1"
 
 
 @pytest.mark.parametrize(("arguments", "said"), NUMBERS + NAMES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any
@@ -14,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from lab.plot.style import COLORS, FONT, GREY, HALO, INK, MUTED, POLICIES, entitle, legend, seeds_of, style
+from lab.plot.style import FONT, GREY, HALO, INK, MUTED, POLICIES, entitle, legend, seeds_of, style
 
 
 def lines(
@@ -42,8 +43,9 @@ def lines(
     """
     columns = list(dict.fromkeys(rows[panels])) if panels else [None]
     with mpl.rc_context(FONT):
-        wide, high = (4.4, 3.2) if len(columns) < 3 else (3.1, 2.7)  # many shrink less on paper where each is small
-        size = (1.6 + wide * len(columns), 1.2 + high * len(y))
+        few = len(columns) < 3
+        wide, high = (4.4, 3.2) if few else (2.2, 2.5)  # many shrink less on paper where each is small
+        size = ((1.6 if few else 1.2) + wide * len(columns), 1.2 + high * len(y))
         figure = Figure(figsize=size, layout="constrained")
         grid = figure.subplots(len(y), len(columns), squeeze=False)
         for i, (column, label) in enumerate(y.items()):
@@ -86,7 +88,8 @@ def bars(
     width = 0.8 / len(kinds)
     named = [(policies or {}).get(kind, kind) for kind in kinds]
     known = bool(policies) or all(name in POLICIES for name in named)
-    looks = [style(str(name))["color"] if known else COLORS[i % len(COLORS)] for i, name in enumerate(named)]
+    shades = mpl.colormaps["Blues"](np.linspace(0.4, 0.9, len(kinds)))  # the palette is the policies' own
+    looks = [style(str(name))["color"] if known else shade for name, shade in zip(named, shades, strict=True)]
     colors = dict(zip(kinds, looks, strict=True))
     mean, spread = (rows.groupby([groups, by])[y].agg(kind) for kind in ("mean", "std"))
     with mpl.rc_context(FONT):
@@ -102,8 +105,10 @@ def bars(
                     axes.bar(at, height, 0.9 * width, color=colors[kind], label=label, alpha=0.9)
                     axes.errorbar(at, height, error, color=INK, linewidth=0.9, capsize=2)
                     text = number.format(height)
-                    look: dict[str, Any] = {"fontsize": 7.5, "color": INK, "path_effects": HALO, "zorder": 5}
-                    axes.text(at, height + error, text, ha="center", va="bottom", **look)
+                    clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}  # of the paper's outline
+                    look: dict[str, Any] = {"fontsize": 7.5, "color": INK, "bbox": clear, "zorder": 5}
+                    place_at: Any = {"xytext": (0, 2.5), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+                    axes.annotate(text, (at, height + error), **place_at, **look)
                 if theirs is not None:
                     axes.bar(at, theirs, width, color="none", edgecolor=GREY, linewidth=1.1, linestyle="--")
         handles, labels = axes.get_legend_handles_labels()
@@ -115,7 +120,7 @@ def bars(
         axes.margins(y=0.12)
         axes.spines[["top", "right"]].set_visible(False)
         legend(figure, handles, labels)
-        entitle(figure, axes, title, header, seeds_of(rows["seed"]))
+        entitle(figure, axes, title, header, seeds_of(rows["seed"], rows.groupby([groups, by])["seed"].nunique()))
     return figure
 
 
@@ -136,7 +141,7 @@ def heat(
     """Each table as a map, one beside the other: its index down, its columns across, `spread` below each number."""
     with mpl.rc_context(FONT):
         height = 1.6 + 0.42 * max(len(table) for table in tables.values())
-        width = 1.8 + sum(1.4 + 0.85 * len(table.columns) for table in tables.values())
+        width = 2.2 + sum(max(2.2, 0.25 + 0.8 * len(table.columns)) for table in tables.values())
         figure = Figure(figsize=(width, height), layout="constrained")
         row = figure.subplots(1, len(tables), squeeze=False)[0]
         for axes, (name, table) in zip(row, tables.items(), strict=True):
@@ -149,7 +154,7 @@ def heat(
                         text += f"\n±{number(float(spread[name].iat[i, j]))}"
                     light = image.norm(values[i, j]) < 0.5
                     axes.text(j, i, text, ha="center", va="center", fontsize=7.5, color="white" if light else INK)
-            axes.set_xticks(range(len(table.columns)), [str(c) for c in table.columns], rotation=20, ha="right")
+            axes.set_xticks(range(len(table.columns)), [textwrap.fill(str(c), 12) for c in table.columns], fontsize=8)
             axes.set_yticks(range(len(table)), [str(i) for i in table.index] if axes is row[0] else [""] * len(table))
             axes.set_xlabel(name)
             axes.tick_params(length=0)

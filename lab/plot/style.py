@@ -89,12 +89,15 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     return paths
 
 
-def seeds_of(seeds: pd.Series) -> str:
+def seeds_of(seeds: pd.Series, counts: pd.Series | None = None) -> str:
+    """`counts`: of the seeds behind each number that is drawn, where these may differ."""
     known = sorted(seeds.unique())
     if len(known) == 1:
         return f"seed {known[0]}"
     whole = known == list(range(known[0], known[-1] + 1))
     listed = f"{known[0]} to {known[-1]}" if whole else ", ".join(map(str, known))
+    if counts is not None and counts.min() < len(known):
+        listed += f", at least {counts.min()} of them"
     return f"means over seeds {listed} (±\u00a0standard\u00a0deviation)"  # in one line
 
 

@@ -30,8 +30,8 @@ register(
         "1,967 to 1,980 output tokens/s, 43.6 to 44.0 s, 423 preemptions",
         "vLLM 0.24.0 on an H100 80GB, OPT-13B's shape in bf16 with random weights, 983 blocks of 16, the 256 requests "
         "of the workload opt13b-256 at once; measured by us",
-        "CUDA graphs and compiled modules there, eager modules here; chunked prompts there; another machine than the "
-        "virtual clock's default. The same requests here: --workload opt13b-256 --arrivals all",
+        "its kernels and host code; chunked prompts there; another machine than the virtual clock's default. The same "
+        "requests here: --workload opt13b-256 --arrivals all; on such a GPU, papers/performance",
     ),
     Reached(
         "a knee at about 1.9 requests/s",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ from matplotlib.text import Text
 
 from lab import plot
 from lab.experiment import find
+from lab.plot.style import POLICIES
+from papers.figures import main
 
 KEPT = Path(__file__).parents[2] / "papers" / "pagedattention" / "results"
+PAGE = 7.0  # inches across a printed page
 
 
 @cache
@@ -78,6 +82,36 @@ def test_the_legend_is_no_wider_than_the_figure(count: int) -> None:
     assert isinstance(figure, Figure)
     FigureCanvasAgg(figure).draw()
     assert figure.legends[0].get_window_extent().x1 <= figure.bbox.x1
+
+
+@pytest.mark.parametrize(
+    "place", ["systems", "factorial", "blocksize", "capacity", "replay", "sharing", "../gpu/fidelity", "../cpu/clock"]
+)
+def test_small_print_is_five_points_on_a_page(place: str) -> None:
+    _, figure = kept(f"simulated/{place}")
+    words = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+    assert min(float(text.get_fontsize()) for text in words) * PAGE / figure.get_figwidth() >= 5
+
+
+def test_sharing_says_how_many_seeds_stand_behind_its_bars_and_borrows_no_policys_colour() -> None:
+    rows, figure = kept("simulated/sharing")
+    assert rows.groupby(["workload", "mode", "width"])["seed"].nunique().min() == 3, "of ten"
+    assert any("seeds 0 to 9, at least 3 of them" in text.get_text() for text in figure.findobj(Text))
+    handles: list[Any] = figure.legends[0].legend_handles
+    taken = {color.upper() for color, _ in POLICIES.values()}
+    assert taken.isdisjoint(to_hex(handle.get_facecolor()).upper() for handle in handles[:3])
+
+
+def test_kept_figures_are_drawn_again_in_their_places(tmp_path: Path) -> None:
+    folder = tmp_path / "simulated" / "gap"
+    shutil.copytree(KEPT / "simulated" / "gap", folder)
+    there = sorted(folder.iterdir())
+    (folder / "figure.svg").write_text("")
+    main(kept=tmp_path, part="growth")
+    assert (folder / "figure.svg").read_text() == ""
+    main(kept=tmp_path)
+    assert "</svg>" in (folder / "figure.svg").read_text()
+    assert sorted(folder.iterdir()) == there
 
 
 def test_prefix_shows_the_papers_ratios_in_the_colours_of_the_systems() -> None:

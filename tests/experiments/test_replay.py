@@ -94,6 +94,8 @@ def test_a_traces_own_times_are_kept_unless_a_rate_stretches_them(tmp_path: Path
     assert {(run.arrivals, run.rate) for run in stretched} == {("trace", 2.0)}
     drawn = replay.runs(options(tmp_path, workload=path, arrivals="poisson", rate=2.0))
     assert {(run.arrivals, run.rate) for run in drawn} == {("poisson", 2.0)}
+    drawn = replay.runs(options(tmp_path, workload=write(tmp_path, timed=False)))
+    assert [run.seed for run in drawn] == [0] * 4 + [1] * 4 + [2] * 4
     untimed = replay.runs(options(tmp_path, workload=write(tmp_path, timed=False), seeds=[0, 1]))
     assert {(run.arrivals, run.rate) for run in untimed} == {("poisson", 4.0)}
     assert [run.seed for run in untimed] == [0] * 4 + [1] * 4

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from lab.allocators import ALLOCATORS, Allocator, Idle, blocks
-from lab.conformance import complaint
+from lab.conformance import complaint, main
 from lab.core import Group, InputError, Request, Sequence
 from notebooks.solution import Pages
 from tests.policies.serving import MINE
@@ -16,6 +16,19 @@ from tests.policies.serving import MINE
 @pytest.mark.parametrize("name", [*ALLOCATORS.names(), MINE])
 def test_nothing_is_wrong_with_ours(name: str) -> None:
     assert complaint(ALLOCATORS.get(name)) == ""
+
+
+def test_it_is_asked_by_name_and_import_path(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["paged", "notebooks.solution:Pages"]) == 0
+    ours, theirs = "paged: nothing is wrong with it\n", "notebooks.solution:Pages: nothing is wrong with it\n"
+    assert capsys.readouterr().out == ours + theirs
+    assert main(["paged", f"{__name__}:Unwritten"]) == 1
+    assert (
+        capsys.readouterr().out
+        == f"{ours}{__name__}:Unwritten: extend() is not written yet: room for `length` tokens\n"
+    )
+    assert main(["pages"]) == 2
+    assert capsys.readouterr().err.startswith("error: allocator 'pages' is unknown: did you mean paged")
 
 
 def test_nothing_is_wrong_with_the_solution() -> None:
