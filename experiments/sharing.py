@@ -49,7 +49,7 @@ def runs(options: Options) -> list[Run]:
             raise InputError(f"{name} {options.changes[name]}: this experiment varies it itself; leave --{name} out")
     where = options.where(Run(), fragmentation.GPU, LAPTOP)
     base = replace(where, preemption="swap")
-    widths = WIDTHS[:2] if options.quick or where is LAPTOP else WIDTHS
+    widths = WIDTHS[:2] if options.quick else WIDTHS
     loads = [replace(base, workload=w, rate=RATES[w], duration_s=DURATION_S[w]) for w in RATES]
     if not base.simulated or "workload" in options.changes:
         loads = [base]
