@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -67,6 +68,6 @@ def test_what_it_varies_itself_is_refused(changes: dict[str, object]) -> None:
 
 
 def test_on_a_cpu_the_search_is_the_models_own() -> None:
-    found = sharing.runs(options(device="cpu"))
+    found = sharing.runs(replace(options(device="cpu"), quick=False))
     assert all(not run.simulated and run.allocator == "paged" for run in found)
     assert {run.beams for run in found} == {0, 2, 4, 6}
