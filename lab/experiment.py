@@ -75,9 +75,8 @@ def _checked(experiment: Experiment, options: Options, fresh: bool = False) -> l
     make_room(options.out)
     runs = experiment.runs(options)
     for run in runs:
-        check_numbers(run)
-        if fresh or not (options.out / "runs" / run.key() / HEADER).is_file():
-            check(run)
+        there = not fresh and (options.out / "runs" / run.key() / HEADER).is_file()
+        (check_numbers if there else check)(run)
     return runs
 
 

@@ -11,6 +11,7 @@ from lab.core import InputError
 
 Message = Mapping[str, Any]  # of a chat: role and content
 Prompt = str | Seq[int] | Seq[Message]
+BYTES = (bytes, bytearray, memoryview)  # numbers to Python, which no tokenizer made
 
 
 def encode(prompt: Prompt, index: int, tokenizer: Any, vocabulary: int) -> list[int]:
@@ -22,7 +23,7 @@ def encode(prompt: Prompt, index: int, tokenizer: Any, vocabulary: int) -> list[
         tokens = _text(prompt, index, needed(tokenizer, index))
     elif isinstance(prompt, Seq) and isinstance(prompt[0], Mapping):
         tokens = _chat(prompt, index, tokenizer)  # type: ignore[arg-type]
-    elif isinstance(prompt, Seq) and not isinstance(prompt, bytes) and all(isinstance(t, Integral) for t in prompt):
+    elif isinstance(prompt, Seq) and not isinstance(prompt, BYTES) and all(isinstance(t, Integral) for t in prompt):
         tokens = [int(token) for token in prompt]  # type: ignore[arg-type]
     else:
         raise InputError(f"prompt {index}: {str(prompt)[:60]!r}: must be text, token ids, or messages of a chat")

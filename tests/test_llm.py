@@ -426,7 +426,7 @@ def test_wrong_options(tiny: tuple[str, Any], options: dict[str, Any], said: str
 def test_other_things_that_are_wrong(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="2 sampling parameters for 3 prompts"):
         llm.generate(PROMPTS[:3], [MORE, MORE])
-    for one in (None, 5, 1.5, b"A door", {"role": "user", "content": "A"}):
+    for one in (None, 5, 1.5, b"A door", bytearray(b"A door"), {"role": "user", "content": "A"}):
         with pytest.raises(InputError, match=r"prompt 0: .*: must be text, token ids, or messages of a chat"):
             llm.generate(one)  # type: ignore[arg-type]
     for params in (5, {"max_tokens": 3}):

@@ -128,9 +128,8 @@ class Camera:
     def launched(self, step: Launched, gauges: Gauges) -> None:
         plan, time_s = step.plan, step.time_s
         for group in plan.admitted:
-            back = group in plan.swapped and any(
-                s.outputs for s in group.live
-            )  # what was swapped is not computed again
+            # what was swapped is not computed again
+            back = group in plan.swapped and any(s.outputs for s in group.live)
             self.does(group.request.id, DECODING if back else PROMPT, time_s)
         for group in plan.preempted:
             self.does(group.request.id, SWAPPED if group in plan.swapped else PREEMPTED, time_s)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What papers/ says of results, made again: experiments run, what the pages quote is kept, the pages are written.
 #
-#   papers/pagedattention/reproduce.sh                  at full scale on the virtual clock: an hour and a half on two cores
+#   papers/pagedattention/reproduce.sh                  at full scale on the virtual clock: over an hour on two cores
 #   papers/pagedattention/reproduce.sh --cpu            measured on this CPU, which must have nothing else to do
 #   papers/pagedattention/reproduce.sh --keep gpu DIR   nothing runs: what lies in DIR, made on a GPU with --out DIR
 #

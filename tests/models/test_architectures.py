@@ -18,7 +18,7 @@ from lab.models.packed import PackedModel
 BLOCK = 4
 TOLERANCE = 1e-4
 # tokens that A and B compute: a prompt's chunk alone and beside a shorter one, mixtures with decodes, and one alone
-STEPS = ((0, 3), (16, 2), (1, 4), (1, 1), (2, 3), (1, 0))
+STEPS = ((0, 3), (17, 2), (1, 4), (1, 1), (2, 3), (1, 0))
 PAGED = ([5, 2, 9, 0, 11, 3], [7, 1, 14, 4])
 CONTIGUOUS = (range(6, 12), range(1, 5))
 
@@ -36,7 +36,7 @@ class Pool(NamedTuple):
 
 def sequences() -> list[Sequence]:
     generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in (21, 13)]
+    prompts = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in (22, 13)]
     return [Group(Request(i, 0.0, prompt)).live[0] for i, prompt in enumerate(prompts)]
 
 
@@ -191,10 +191,10 @@ def test_the_wanted_rows_alone_go_through_the_head() -> None:
     _, ours = pair("llama")
     two = sequences()
     memory = pool(ours, PAGED, two)
-    rows = lay_out(Plan({two[0]: 21, two[1]: 5}), memory.tables, BLOCK)
+    rows = lay_out(Plan({two[0]: 22, two[1]: 5}), memory.tables, BLOCK)
     assert rows.sampled == [two[0]]  # B's prompt goes on
     batch = rows.on(ours.device)
-    assert batch.sampled.tolist() == [20]
+    assert batch.sampled.tolist() == [21]
     assert ours.logits(batch, memory.cache.k, memory.cache.v).shape == (1, VOCAB)
 
 
