@@ -42,18 +42,20 @@ from torch import Tensor
 
 from kernels.checks import check_attention
 from kernels.ragged import Ragged
+from kernels.shares import combine, plan, span
 from kernels.softmax import walk
-from kernels.tuning import MAX_HEAD_DIM, Machine, Tuning, best, machine, plan_splits
+from kernels.tuning import FEWEST_KEYS, MAX_HEAD_DIM, Machine, Tuning, best, machine, resident
 
 LOG2_E = math.log2(math.e)
 
 
 # fmt: off
-@triton.jit(do_not_specialize=["stride_table", "share"])  # these change from step to step
+@triton.jit(do_not_specialize=["stride_table"])  # it changes from step to step
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, sinks_ptr,  # [T, H, D], [blocks, block, Hk, D], [.., DV], [T, H, DV], [H] or None
-    parts_ptr, share,  # [tiles, H, splits, DV + 4] or None; least keys of a split
-    starts_ptr, firsts_ptr, lengths_ptr, dead_ptr, tables_ptr, places_ptr,  # see Ragged
+    parts_ptr, arrived_ptr,  # decodes: [items, H, DV + 4], [items, programs of an item]; else None
+    starts_ptr, firsts_ptr, lengths_ptr, dead_ptr, tables_ptr,  # see Ragged
+    places_ptr,  # [tiles, 2], see Ragged; decodes: [items, FIELDS], see kernels.shares
     logit_scale, cap, window,  # cap and window may be None
     stride_q_token, stride_q_head, stride_out_token, stride_out_head, stride_table,
     stride_k_block, stride_k_offset, stride_k_head, stride_v_block, stride_v_offset, stride_v_head,
@@ -63,18 +65,24 @@ def attention_kernel(
 ):
     # -- which queries: a piece of one tile of the batch, and heads of one group; which keys --
     HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    # Neighbours read the same place: heads of a row, tiles of a head. All splits of a long row precede the next row.
-    part, tile = tl.program_id(1 if TOKENS > 1 else 0), tl.program_id(0 if TOKENS > 1 else 2)
-    split, splits = tl.program_id(2 if TOKENS > 1 else 1), tl.num_programs(2 if TOKENS > 1 else 1)
-    place, kv_head = tile // PIECES, part // HEAD_TILES
-    row, start, left, first = _queries(places_ptr + 2 * place, starts_ptr, firsts_ptr, tile % PIECES, PIECES, TOKENS)
-    low, high, end = _span(first, min(left, TOKENS), lengths_ptr + row, dead_ptr + row, window, DEAD)
-    at, stop = low, end
-    if parts_ptr is not None:
-        share = _share(end - low, share, splits, N)
-        at, stop = low + split * share, min(end, low + split * share + share)
-    if (left <= 0) | ((at >= end) & (split > 0)):  # no queries in this piece, no keys for this split
+    # Neighbours read the same place: heads of a share, tiles of a head.
+    part, place = tl.program_id(1 if TOKENS > 1 else 0), tl.program_id(0 if TOKENS > 1 else 1)
+    split, splits, share = 0, 1, 0
+    if TOKENS == 1:
+        places_ptr += 4 * place
+        row, split, splits, share = _item(places_ptr)
+        start, left = tl.load(starts_ptr + row, mask=row >= 0), (row >= 0).to(tl.int32)
+        first = tl.load(firsts_ptr + row, mask=row >= 0)
+    else:
+        places_ptr += 2 * (place // PIECES)
+        row, start, left, first = _queries(places_ptr, starts_ptr, firsts_ptr, place % PIECES, PIECES, TOKENS)
+    if left <= 0:  # no queries in this piece of a tile, no share for this program
         return
+    kv_head = part // HEAD_TILES
+    low, high, end = span(first, min(left, TOKENS), lengths_ptr + row, dead_ptr + row, window, DEAD)
+    at, stop = low, end
+    if TOKENS == 1:
+        at, stop = low + split * share, min(end, low + split * share + share)
     m = tl.arange(0, TOKENS * HEADS)  # rows of the tile are pairs (token, head); [M] heads within the group
     head = part % HEAD_TILES * HEADS + m % HEADS
     live = (m // HEADS < left) & (head < GROUP)
@@ -102,39 +110,33 @@ def attention_kernel(
     total = tl.where(total == 0.0, 1.0, total)  # no key seen: 0
     values = values / total[:, None]
     stored = live[:, None] & (dv < DV)[None, :]
-    if parts_ptr is None:
+    if TOKENS > 1 or splits == 1:
         out_offsets = (token * stride_out_token + head * stride_out_head)[:, None] + dv[None, :]
         tl.store(out_ptr + out_offsets, values.to(out_ptr.dtype.element_ty), mask=stored)
-    else:
-        head += place.to(tl.int64) * (tl.num_programs(0) // HEAD_TILES * GROUP)  # decodes only: axis 0 is heads
-        parts_ptr += (head * splits + split) * (DV + 4)  # [M]
-        tl.store(parts_ptr[:, None] + dv[None, :], values, mask=stored)
-        tl.store(parts_ptr + DV, largest + tl.log2(total), mask=live)
-
-
-@triton.jit(do_not_specialize=["share"])
-def combine_kernel(
-    parts_ptr, out_ptr, share, starts_ptr, firsts_ptr, lengths_ptr, dead_ptr, places_ptr, window,  # see above
-    stride_out_token, stride_out_head,
-    DEAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, N: tl.constexpr,
-    SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr,
-):
-    """One head of one decode: the average of its shares, weighed by their sums. Empty shares were never written."""
-    head, place = tl.program_id(0), tl.program_id(1)
-    row, start, left, first = _queries(places_ptr + 2 * place, starts_ptr, firsts_ptr, 0, 1, 1)
-    low, _, end = _span(first, min(left, 1), lengths_ptr + row, dead_ptr + row, window, DEAD)
-    share = _share(end - low, share, SPLITS, N)
-    split, dv = tl.arange(0, SPLITS_PAD), tl.arange(0, DV_PAD)
-    written = split < tl.cdiv(end - low, share)
-    parts_ptr += ((place.to(tl.int64) * tl.num_programs(0) + head) * SPLITS + split) * (DV + 4)  # [SPLITS_PAD]
-    log_sums = tl.load(parts_ptr + DV, mask=written, other=float("-inf"))
-    values = tl.load(parts_ptr[:, None] + dv[None, :], mask=written[:, None] & (dv < DV)[None, :], other=0.0)
-    weights = tl.exp2(log_sums - tl.maximum(tl.max(log_sums, 0), -1e30))
-    total = tl.sum(weights, 0)
-    values = tl.sum(values * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)  # [DV_PAD]
-    out_ptr += start.to(tl.int64) * stride_out_token + head * stride_out_head
-    tl.store(out_ptr + dv, values.to(out_ptr.dtype.element_ty), mask=dv < DV)
+    elif TOKENS == 1:
+        num_heads, first_place = tl.num_programs(0) // HEAD_TILES * GROUP, (place - split).to(tl.int64)
+        own_ptr = parts_ptr + (place.to(tl.int64) * num_heads + head) * (DV + 4)  # [M]
+        tl.store(own_ptr[:, None] + dv[None, :], values, mask=stored)
+        tl.store(own_ptr + DV, largest + tl.log2(total), mask=live)
+        tl.debug_barrier()  # the whole program has written, before it says so
+        row_arrived_ptr = arrived_ptr + first_place * tl.num_programs(0) + part
+        if tl.atomic_add(row_arrived_ptr, 1) == splits - 1:  # the last of this row and these heads
+            tl.store(row_arrived_ptr, 0)  # for the next launch
+            LIVE: tl.constexpr = min(HEADS, triton.next_power_of_2(GROUP))
+            live_head = part % HEAD_TILES * HEADS + tl.arange(0, LIVE)
+            some, live_head = live_head < GROUP, live_head + kv_head * GROUP
+            row_parts_ptr = parts_ptr + (first_place * num_heads + live_head) * (DV + 4)  # [LIVE]
+            result = combine(row_parts_ptr, splits, num_heads * (DV + 4), some, DV, DV_PAD, LIVE)
+            live_offsets = (start.to(tl.int64) * stride_out_token + live_head * stride_out_head)[:, None] + dv[None, :]
+            mask = some[:, None] & (dv < DV)[None, :]
+            tl.store(out_ptr + live_offsets, result.to(out_ptr.dtype.element_ty), mask=mask)
 # fmt: on
+
+
+@triton.jit
+def _item(item_ptr):
+    row = tl.load(item_ptr).to(tl.int64)
+    return row, tl.load(item_ptr + 1), tl.load(item_ptr + 2), tl.load(item_ptr + 3)
 
 
 @triton.jit
@@ -147,25 +149,6 @@ def _queries(place_ptr, starts_ptr, firsts_ptr, piece, PIECES: tl.constexpr, TOK
     before = tl.load(place_ptr + 1) + (PIECES - 1 - piece) * TOKENS  # tokens of the row before the tile
     start = tl.load(starts_ptr + row) + before
     return row, start, tl.load(starts_ptr + row + 1) - start, tl.load(firsts_ptr + row) + before
-
-
-@triton.jit
-def _span(first, tokens, length_ptr, dead_ptr, window, DEAD: tl.constexpr):
-    """Positions [low, high) hold the keys that queries [first, first + tokens) see; [high, end) are dead."""
-    high = min(first + tokens, tl.load(length_ptr))
-    low = high * 0
-    if window is not None:  # what lies before every query's window is never read: it may belong to others by now
-        low = max(0, min(first - window + 1, high - 1))
-    end = high
-    if DEAD:
-        end += tl.load(dead_ptr)
-    return low, high, end
-
-
-@triton.jit
-def _share(keys, least, splits, N: tl.constexpr):
-    """Keys of each split, in whole steps: a row's splits run out of keys where it is short."""
-    return tl.cdiv(max(least, tl.cdiv(keys, splits)), N) * N
 
 
 @triton.jit
@@ -190,7 +173,8 @@ class Specialised(NamedTuple):
     constants: dict[str, Any]  # the kernel's compile-time constants
     options: dict[str, int]  # Triton's
     head_tiles: int  # programs for the heads of one group
-    share: int  # see Tuning
+    resident: int  # programs that run at a time, on all processors
+    turns: int  # see Tuning
 
 
 @functools.cache
@@ -229,7 +213,8 @@ def specialise(
     }
     options = {"num_warps": tuning.warps, "num_stages": tuning.stages}
     options |= {"maxnreg": tuning.registers} if tuning.registers else {}
-    return Specialised(constants, options, triton.cdiv(group, tuning.heads), tuning.share)
+    at_a_time = resident(tuning, padded, dtype.itemsize, on)
+    return Specialised(constants, options, triton.cdiv(group, tuning.heads), at_a_time, tuning.turns)
 
 
 def attention(
@@ -269,36 +254,23 @@ def attention(
         for tokens, places in ragged.tiles:
             tile = specialise(tokens, *shape)
             num_tiles, programs = places.shape[0], num_kv_heads * tile.head_tiles
-            grid: tuple[int, ...] = (num_tiles * tile.constants["PIECES"], programs)
-            parts, share = None, 0
+            grid, parts, arrived = (num_tiles * tile.constants["PIECES"], programs), None, None
             if tokens == 1:
-                splits, share = _splits(ragged, window, num_tiles * programs, tile, on)
-                grid = (programs, splits, num_tiles)
-                if splits > 1:
-                    parts = q.new_empty(num_tiles, num_heads, splits, head_dims[1] + 4, dtype=torch.float32)
-            tensors = (q, k_cache, v_cache, out, sinks, parts, share, *rows, ragged.tables, places)
+                at_a_time = max(1, tile.resident // programs)
+                places = plan(ragged, places, at_a_time, tile.turns, FEWEST_KEYS, tile.constants["N"], window)
+                grid = (programs, len(places))
+                parts = q.new_empty(len(places), num_heads, head_dims[1] + 4, dtype=torch.float32)
+                arrived = _nobody(len(places) * programs, q.device)
+            tensors = (q, k_cache, v_cache, out, sinks, parts, arrived, *rows, ragged.tables, places)
             attention_kernel[grid](*tensors, logit_scale, cap, window, *strides, **tile.constants, **tile.options)
-            if parts is not None:
-                _combine(parts, out, share, (*rows, places), window, tile.constants)
     return out
 
 
-def _splits(ragged: Ragged, window: int | None, programs: int, tile: Specialised, on: Machine) -> tuple[int, int]:
-    if ragged.splits is not None:
-        return ragged.splits, tile.constants["N"]
-    longest = ragged.longest if window is None or ragged.any_dead else min(ragged.longest, window)
-    return plan_splits(programs, longest, tile.share, on)
+def _nobody(programs: int, device: torch.device) -> Tensor:
+    """Zeros, to which every launch brings them back: how many programs have written their share."""
+    return _zeros(max(4096, triton.next_power_of_2(programs)), device)
 
 
-def _combine(
-    parts: Tensor, out: Tensor, share: int, rows: tuple[Tensor, ...], window: int | None, tile: dict[str, Any]
-) -> None:
-    places, num_heads, splits, _ = parts.shape
-    constants = combining(splits, tile)
-    combine_kernel[num_heads, places](parts, out, share, *rows, window, *out.stride()[:2], **constants)
-
-
-def combining(splits: int, tile: dict[str, Any]) -> dict[str, Any]:
-    """Compile-time constants of `combine_kernel`."""
-    constants = {name: tile[name] for name in ("DEAD", "DV", "DV_PAD", "N")}
-    return constants | {"SPLITS": splits, "SPLITS_PAD": 1 << (splits - 1).bit_length()}
+@functools.cache  # and so kept for as long as a captured step might use them
+def _zeros(size: int, device: torch.device) -> Tensor:
+    return torch.zeros(size, dtype=torch.int32, device=device)

@@ -16,7 +16,7 @@ import random
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from kernels import for_device
 from kernels.ragged import Ragged
 from kernels.timing import DTYPE, HEADER, Clock, Floors, Measured, measure_floors, median_us
+from kernels.tuning import FEWEST_KEYS
 
 BLOCK = 16
 TORCH = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -229,6 +230,16 @@ def bench_fused(floors: Floors, device: str, batch: int = 256, widths: Sequence[
         yield Measured("sample", shape, variant, us, bytes=logits.nbytes, floor_us=logits.nbytes / floors.read)
 
 
+def bench_plan(device: str, rows: int = 256) -> Measured:
+    """Which program reads what of which row: once a step, for the attention of all layers."""
+    from kernels.shares import plan  # and Triton, which is not everywhere
+
+    problem = Problem(Shape(rows, 4, 1, 512, head_dim=16, spread=1.0), 1, device)
+    batch = problem.batches["paged"]
+    us = median_us(lambda: plan(replace(batch), batch.tiles[0].places, 66, 2, FEWEST_KEYS, 32, None))
+    return Measured("plan shares", f"{rows} x ~512", "once a step", us, bytes=16 * rows)
+
+
 def bench_row(floors: Floors, device: str, shapes: Sequence[tuple[int, int]] = ROWS) -> Iterator[Measured]:
     """A row alone times a matrix: with a norm before or a sum behind, and torch's, which has neither."""
     product = for_device(device).row_product
@@ -255,6 +266,7 @@ def run(device: str) -> Iterator[Measured]:
     for heads in (8, 40):
         yield from bench_moves(Shape(16, heads, heads, 1024), 8, floors, device)
     yield from bench_fused(floors, device)
+    yield bench_plan(device)
     yield from bench_row(floors, device)
 
 

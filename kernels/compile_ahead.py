@@ -21,10 +21,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import attention, cache, layers, sampling
+from kernels import attention, cache, layers, sampling, shares
 from kernels.ragged import TILE_TOKENS
 from kernels.row import row_kernel, specialise_row
-from kernels.tuning import MOST_SPLITS, Machine
+from kernels.tuning import Machine
 
 # KiB of shared memory that one program may use; 227 on Hopper and later
 SHARED_LIMIT = {80: 163, 86: 99, 87: 163, 89: 99, 120: 99, "gfx942": 64, "gfx950": 160}
@@ -34,8 +34,7 @@ MATRIX = {"cuda": r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.]*", "hip": r
 EPILOG = """
 columns
   head_dim    0 where a kernel knows no heads.
-  memory      paged or contiguous; split: decodes whose keys several programs share; or paged with all options: dead
-              positions, window, soft cap, sinks, split decodes.
+  memory      paged or contiguous; or paged with all options: dead positions, window, soft cap, sinks.
   tile        attention: query tokens x heads x keys per step of the loop. Others: rows x numbers, or rows of head_dim.
   registers   per thread (VGPRs on AMD). Hopper has 65,536 for all threads of a processor: with 128 each there is room
               for four programs of 128 threads at once, with 255 for two. More at once hide more of memory's latency.
@@ -59,7 +58,7 @@ class Compiled:
     kernel: str
     dtype: str
     head_dim: int  # 0: it knows no heads
-    memory: str  # paged, contiguous, split, all options (see EPILOG), - where there is no difference
+    memory: str  # paged, contiguous, all options (see EPILOG), - where there is no difference
     tile: str
     registers: int  # per thread
     spills: int  # bytes per thread
@@ -89,25 +88,23 @@ def sources(target: GPUTarget, dtype: torch.dtype, head_dims: list[int]) -> Iter
     element = POINTER[dtype]
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "sinks_ptr", "new_ptr", "cache_ptr"), element)
     types |= dict.fromkeys(("slots_ptr", "pairs_ptr"), "*i64") | {"logit_scale": "fp32", "cap": "fp32"}
-    types |= {f"{name}_ptr": "*i32" for name in ("starts", "firsts", "lengths", "dead", "tables", "places")}
-    types["parts_ptr"] = "*fp32"
+    whole_numbers = ("starts", "firsts", "lengths", "dead", "tables", "places", "items", "arrived")
+    types |= {f"{name}_ptr": "*i32" for name in whole_numbers} | {"parts_ptr": "*fp32"}
     on = Machine(target.backend == "hip", shared_limit(target))
     cases = itertools.product(head_dims, TILE_TOKENS, ("paged", "contiguous"))
-    splits = itertools.product(head_dims, TILE_TOKENS[:1], ("paged, split", "contiguous, split"))
     options_once = itertools.product(head_dims[:1], TILE_TOKENS, ("all options",))
-    for head_dim, tokens, memory in itertools.chain(cases, splits, options_once):
+    for head_dim, tokens, memory in itertools.chain(cases, options_once):
         everything = memory == "all options"
-        paged = not memory.startswith("contiguous")
+        paged = memory != "contiguous"
         tile = attention.specialise(tokens, 4, (head_dim, head_dim), 16, paged, everything, everything, dtype, on)
         size = " x ".join(str(tile.constants[name]) for name in ("TOKENS", "HEADS", "N"))
         absent = [] if everything else ["sinks_ptr", "cap", "window"]
-        absent += ["parts_ptr"] if tokens > 1 or not (everything or "split" in memory) else []
+        absent += ["parts_ptr", "arrived_ptr"] if tokens > 1 else []
         row = {"head_dim": head_dim, "memory": memory, "tile": size}
         yield row, _source(attention.attention_kernel, types, tile.constants | dict.fromkeys(absent)), tile.options
-    for head_dim in head_dims:
-        constants = attention.combining(MOST_SPLITS, tile.constants | {"DV": head_dim, "DV_PAD": head_dim})
-        row = {"head_dim": head_dim, "memory": "-", "tile": f"{MOST_SPLITS} splits"}
-        yield row, _source(attention.combine_kernel, types, constants), {"num_warps": 4, "num_stages": 1}
+    row = {"head_dim": 0, "memory": "-", "tile": "256 rows"}
+    planned = {"DEAD": True, "N": 64, "ROWS": 256, "window": None}
+    yield row, _source(shares.plan_kernel, types, planned), {"num_warps": 4, "num_stages": 1}
     for head_dim, (kernel, rows) in itertools.product(
         head_dims, ((cache.store_kernel, 8), (cache.copy_blocks_kernel, 16 * 8))
     ):

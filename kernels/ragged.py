@@ -3,7 +3,7 @@
 import itertools
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -48,8 +48,8 @@ class Ragged:
     block: int
     paged: bool
     any_dead: bool
-    longest: int  # no row reads more keys: with few rows, or one so long, decodes are split over several programs
-    splits: int | None = None  # so many, then; None: as `kernels.tuning.plan_splits` finds
+    longest: int  # no row reads more keys
+    plans: dict[tuple, Tensor] = field(default_factory=dict, init=False, compare=False)  # see kernels.shares
 
     @staticmethod
     def build(

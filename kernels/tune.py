@@ -13,7 +13,6 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,9 +45,11 @@ class Kind(NamedTuple):
 
 KINDS = [
     Kind(DECODE, [shape for shape in DECODES if shape.heads != shape.kv_heads]),
-    Kind(DECODE, [shape for shape in DECODES if shape.heads == shape.kv_heads]),
+    Kind(DECODE, [shape for shape in DECODES if shape.heads == shape.kv_heads] + [Shape(33, 40, 40, 450, spread=1.0)]),
+    Kind(DECODE, [Shape(256, 16, 8, 512), Shape(64, 16, 8, 1024, spread=1.0), Shape(1, 16, 8, 1024)]),
     Kind(PROMPTS, [PROMPT]),
     Kind(PROMPTS, [Shape(4, 40, 40, 1024)]),
+    Kind(PROMPTS, [Shape(16, 16, 8, 512)]),
 ]
 
 
@@ -61,12 +62,11 @@ def candidates(kind: Kind) -> list[Tuning]:
             (32, 4, 6),
             (64, 2, 3),
             (64, 4, 3),
-            (64, 2, 4),
             (64, 4, 4),
             (64, 8, 4),
             (128, 4, 2),
         ]
-        return [Tuning(1, 16, *tile, share=share) for tile, share in itertools.product(tiles, (256, 512))]
+        return [Tuning(1, 16, *tile, turns=turns) for tile, turns in itertools.product(tiles, (1, 2, 3))]
     found = []
     for heads in (heads for heads in (2, 1, 4) if kind.group() % heads == 0):
         found += [Tuning(128 // heads, heads, keys, 8, stages) for keys, stages in ((128, 3), (64, 3))]
@@ -84,8 +84,7 @@ def compile_one(task: tuple[int, Tuning]) -> None:
     shape = kind.shapes[0]
     tiny = Shape(1, shape.heads, shape.kv_heads, 256, shape.head_dim)
     problem = Problem(tiny, kind.queries(tiny), "cuda")
-    for (memory, batch), splits in itertools.product(tuple(problem.batches.items()), (1, 2)):
-        problem.batches[memory] = replace(batch, splits=splits)
+    for memory in problem.batches:
         try:
             problem.ours(memory, tuning=tuning)
         except Exception:  # the sweep will say what is wrong with it
@@ -132,7 +131,7 @@ def sweep(kind: Kind) -> Tuning:
 
 def describe(tuning: Tuning) -> str:
     text = f"{tuning.tokens} x {tuning.heads} x {tuning.keys}, {tuning.warps} warps, {tuning.stages} stages"
-    text += f", share {tuning.share}" if tuning.tokens == 1 else ""
+    text += f", {tuning.turns} turns" if tuning.tokens == 1 else ""
     return text + (f", {tuning.registers} registers" if tuning.registers else "")
 
 
@@ -147,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     torch.manual_seed(0)
     start = time.perf_counter()
-    tasks = dict.fromkeys((i, tuning._replace(share=0)) for i, kind in enumerate(KINDS) for tuning in candidates(kind))
+    tasks = dict.fromkeys((i, tuning._replace(turns=0)) for i, kind in enumerate(KINDS) for tuning in candidates(kind))
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
         pool.map(compile_one, tasks, chunksize=1)
     print(f"compiled {len(tasks)} candidates in {time.perf_counter() - start:.0f} s", flush=True)

@@ -6,6 +6,7 @@ contiguous memory share an entry, so that what is measured between them is the b
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +17,9 @@ from kernels.ragged import TILE_TOKENS
 TUNED = Path(__file__).with_name("tuned.json")
 AMPLE_SHARED_BYTES = 163 * 1024  # the A100's
 HOPPER_SHARED_BYTES = 227 * 1024
-RESIDENT = 4  # programs that a processor works on at a time, about: they wait for memory in turns
-FEWEST_KEYS = 128  # of a split: with fewer, starting it and combining cost more than it saves
-MOST_SPLITS = 64
+OTHER_SHARED_BYTES = 6 * 1024  # that a program uses besides what it loads ahead
+MOST_RESIDENT = 8  # on a processor: registers suffice for so many of 4 warps
+FEWEST_KEYS = 128  # of a share (see kernels.shares): with fewer, starting it and combining cost more than it saves
 MAX_HEAD_DIM = 256
 
 
@@ -50,7 +51,7 @@ class Tuning(NamedTuple):
     keys: int
     warps: int
     stages: int  # how far ahead the loop loads, plus one
-    share: int = 1024  # keys; a row of over two shares is split into them, even where there are programs enough
+    turns: int = 2  # a decode's: shares that each place for a program has one after the other, where rows are many
     registers: int | None = None  # most per thread: with 128, two programs of 8 warps fit on a processor of NVIDIA's
 
 
@@ -70,6 +71,12 @@ def best(tile: int, group: int, head_dim: int, itemsize: int, on: Machine) -> Tu
     """`head_dim`: the larger of the two, padded to a power of two."""
     found = tuned().get(on.name, {}).get(key(tile, group, head_dim, itemsize))
     return found or rule_of_thumb(tile, group, head_dim, itemsize, on)
+
+
+def resident(tuning: Tuning, head_dims: Sequence[int], itemsize: int, on: Machine) -> int:
+    """Programs that all processors work on at a time: on each as many as hold what they load ahead."""
+    ahead = (tuning.stages - 1) * tuning.keys * sum(head_dims) * itemsize
+    return on.processors * max(1, min(MOST_RESIDENT, on.shared_bytes // (ahead + OTHER_SHARED_BYTES)))
 
 
 def rule_of_thumb(tile: int, group: int, head_dim: int, itemsize: int, on: Machine) -> Tuning:
@@ -98,20 +105,3 @@ def rule_of_thumb(tile: int, group: int, head_dim: int, itemsize: int, on: Machi
     if itemsize == 2 and not wide and on.shared_bytes >= HOPPER_SHARED_BYTES:
         keys *= 2
     return Tuning((64 if wide else 128) // heads, heads, keys, 8, 2 if on.amd else 3 - small)
-
-
-def plan_splits(programs: int, longest: int, share: int, on: Machine) -> tuple[int, int]:
-    """(splits of each row of a decode, least keys of one). `programs`: without splits; `longest`: most keys of a row.
-
-    A small batch is split until every processor has RESIDENT programs; a large one only where a row may be so long that
-    others would wait for it, over two shares, and then into shares; the more programs take turns, the longer that is.
-    Only the host's numbers decide, so a CUDA graph keeps its grid; the device cuts each row by its own length
-    (`attention._share`), and a short row leaves the splits empty that it has no keys for.
-    """
-    slots = RESIDENT * on.processors
-    if not slots:
-        return 1, share
-    even = -(-share * programs // slots // FEWEST_KEYS) * FEWEST_KEYS  # keys that take as long as `share` on a full GPU
-    least, long = max(FEWEST_KEYS, min(share, even)), max(share, even)
-    splits = max(slots // programs, -(-longest // long) if longest > 2 * long else 1)
-    return max(1, min(splits, -(-longest // least), MOST_SPLITS)), least

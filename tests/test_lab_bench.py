@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lab.bench import __main__ as command
-from lab.bench import cases
+from lab.bench import cases, workloads
 from lab.bench.profile import Span, Watch, busy_us, by_kind
 from lab.core import InputError, Request
 from lab.executors.torch import TorchExecutor
@@ -68,6 +68,14 @@ def test_a_round_serves_everything(depth: int, recorded: bool) -> None:
     assert one.seconds > 0
 
 
+def test_the_same_steps_under_each_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workloads, "executor_for", lambda *_: tiny())
+    rows = list(workloads.policies(2, "cpu", rows=3, context=7, steps=8))
+    assert [row["case"] for row in rows] == [", ".join(policy) for policy in workloads.POLICIES]
+    assert all(len(row["step_ms"]) == 2 and min(row["step_ms"]) > 0 for row in rows)
+    assert rows[0]["over_paged"] == 0
+
+
 def test_a_profile_by_kind() -> None:
     spans = [
         Span("attention_kernel", 0, 40),
@@ -101,7 +109,7 @@ def test_watched_steps(depth: int) -> None:
 
 def test_what_cannot_be_measured_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for arguments in (["throughput"], ["step"], ["startup"], ["kernels"]):
+    for arguments in (["throughput"], ["step"], ["policies"], ["startup"], ["kernels"]):
         assert command.main(arguments) == 2
         assert capsys.readouterr().err.count("\n") == 1
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -2,6 +2,7 @@
 
     python -m lab.bench throughput [CASE...]   output tokens per second of whole workloads
     python -m lab.bench step                   the time of one step at batch 1, against that of reading the weights
+    python -m lab.bench policies               the same step under every policy: memory is compared, not kernels
     python -m lab.bench profile [CASE...]      where a step's time goes: kinds of kernels, gaps between them, the host
     python -m lab.bench startup                from the shell to the first token, with nothing compiled and with all
     python -m lab.bench laptop                 SmolLM2 on this CPU, beside transformers' own generate

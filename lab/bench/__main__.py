@@ -17,7 +17,7 @@ import kernels.bench
 import lab.bench
 from lab.bench.cases import CASES
 from lab.bench.profile import steps_of
-from lab.bench.workloads import Rows, first_token, laptop, startup, step, throughput
+from lab.bench.workloads import Rows, first_token, laptop, policies, startup, step, throughput
 from lab.command import Parser, status
 from lab.core import InputError, unknown
 from lab.record import describe
@@ -40,7 +40,8 @@ def _main(arguments: list[str]) -> int:
         prog="python -m lab.bench", description=lab.bench.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "what", choices=["throughput", "step", "profile", "startup", "laptop", "kernels", "first-token", *REGRESS]
+        "what",
+        choices=["throughput", "step", "policies", "profile", "startup", "laptop", "kernels", "first-token", *REGRESS],
     )
     parser.add_argument("cases", nargs="*", metavar="CASE", help="of throughput and profile: " + ", ".join(CASES))
     parser.add_argument("--rounds", type=int, default=5, help="of each case; every second one is recorded")
@@ -96,6 +97,8 @@ def _measure(args: argparse.Namespace) -> Rows:
         return throughput(args.cases or list(CASES), args.rounds, args.depth, args.device)
     if args.what == "profile":
         return steps_of(args.cases or ["qwen3-0.6b", "opt-13b"], args.depth, args.device)
+    if args.what == "policies":
+        return policies(args.rounds, args.device)
     return step(args.device) if args.what == "step" else startup(args.device)
 
 

@@ -63,9 +63,6 @@ CASES = {
     "qwen3-0.6b-alone": Case("qwen3-0.6b", alone, "20000"),
     "opt-13b": replace(OPT, peers="vLLM 0.24.0: 1,967 to 1,980, 423 preemptions"),
     "opt-13b-eager-admission": replace(OPT, watermark=0.0),
-    "opt-13b-contiguous-max": replace(OPT, allocator="contiguous-max"),
-    "opt-13b-contiguous-oracle": replace(OPT, allocator="contiguous-oracle"),
-    "opt-13b-static": replace(OPT, allocator="contiguous-max", scheduler="static"),
 }
 STEPS = {"qwen3-0.6b": 2.5, "llama-3-8b": 1.25}  # shape: the bar at batch 1, times the reading of the weights
 

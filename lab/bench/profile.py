@@ -16,7 +16,7 @@ from lab.executors.torch import TorchExecutor
 
 KINDS = {  # of kernel, by its name; the first that is found in it
     "attention": r"^attention_kernel",
-    "combining splits": r"^combine_kernel",
+    "planning shares": r"^plan_kernel",
     "norm": r"^norm_kernel",
     "rotate and store": r"^rotate_and_store_kernel",
     "SwiGLU": r"^silu_and_mul_kernel",

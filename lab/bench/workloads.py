@@ -26,6 +26,12 @@ from lab.run import Run, real, requests_of
 from lab.schedulers import SCHEDULERS
 from lab.shapes import shape
 
+POLICIES = [
+    ("paged", "continuous"),
+    ("contiguous-max", "continuous"),
+    ("contiguous-oracle", "continuous"),
+    ("contiguous-max", "static"),
+]
 Rows = Iterator[dict[str, Any]]  # as they are measured, so that none is lost
 
 
@@ -86,6 +92,35 @@ def step(device: str, context: int = 512, steps: int = 64) -> Rows:
             print(f"{name:14} depth {row['depth']} {row['step_ms']:6.2f} ms a step, {share}", flush=True)
         yield from found[1:]
         del executor
+
+
+def policies(
+    rounds: int, device: str, model: str = "opt-13b", rows: int = 7, context: int = 300, steps: int = 128
+) -> Rows:
+    """The same decodes under each policy, in turn: who compares memory must not compare kernels."""
+    executor = executor_for(Case(model, list, "15728"), device)
+    limits = Limits(length=min(2048, executor.model.max_length))
+    requests = [Request(i, 0.0, [5] * context, steps) for i in range(rows)]
+    found: dict[tuple[str, str], list[float]] = {policy: [] for policy in POLICIES}
+    for allocator, scheduler in [*POLICIES, *POLICIES * rounds]:  # the first of each compiles and captures
+        with Recorder(None, {}) as recorder:
+            memory = ALLOCATORS.get(allocator)(executor.cache.num_blocks * executor.block, executor.block, limits)
+            Engine(SCHEDULERS.get(scheduler)(memory, limits, batch=rows), executor, recorder, depth=1).run(requests)
+        times = recorder.record().steps
+        seconds = (times["end_s"] - times["start_s"]).iloc[-steps // 2 : -1]  # long after the prompts
+        found[allocator, scheduler].append(1e3 * float(seconds.median()))
+    base = statistics.median(found[POLICIES[0]][1:])
+    for (allocator, scheduler), times_ms in found.items():
+        step_ms = statistics.median(times_ms[1:])
+        name, spread = f"{allocator}, {scheduler}", max(times_ms[1:]) / min(times_ms[1:]) - 1
+        print(f"{name:30} {step_ms:7.3f} ms a step of {rows} ({step_ms / base - 1:+.1%}; rounds spread {spread:.1%})")
+        yield {
+            "case": name,
+            "rows": rows,
+            "context": context,
+            "step_ms": times_ms[1:],
+            "over_paged": step_ms / base - 1,
+        }
 
 
 def startup(device: str, model: str = "qwen3-0.6b") -> Rows:

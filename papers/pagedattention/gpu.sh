@@ -7,7 +7,8 @@
 #   serve        the server's tests, on this GPU
 #   tune         the fastest configurations of attention for this GPU: into kernels/tuned.json, and a copy in FOLDER
 #   bench        timings of the kernels, with the two floors measured on the spot
-#   throughput, step, profile, startup   whole workloads, one step, where its time goes, the start (python -m lab.bench)
+#   throughput, step, policies, profile, startup   whole workloads, one step, it under each policy, where its time goes,
+#                the start (python -m lab.bench)
 #   quick        figure 2 over 300 steps: does it run at all
 #   an experiment by its name (options: ./together.py): fragmentation, clock, indirection, preemption, blocksize, factorial,
 #   capacity, growth, gap, systems, fidelity
@@ -19,7 +20,7 @@
 set -uo pipefail
 out=${1:?give a folder for the results}
 shift
-parts=" tests serve tune bench throughput step profile startup quick fragmentation clock indirection preemption blocksize factorial capacity growth gap systems fidelity "
+parts=" tests serve tune bench throughput step policies profile startup quick fragmentation clock indirection preemption blocksize factorial capacity growth gap systems fidelity "
 for part in "$@"; do
   [[ "$parts" == *" $part "* ]] || { echo "part $part is unknown: give some of$parts"; exit 2; }
 done
@@ -41,7 +42,7 @@ for part in "$@"; do
       ;;
     tune) python3 -m kernels.tune 2>&1 && cp kernels/tuned.json "$out" ;;
     bench) python3 -m kernels.bench --out "$results" 2>&1 ;;
-    throughput | step | profile | startup) python3 -m lab.bench "$part" --rounds 3 --out "$results" 2>&1 ;;
+    throughput | step | policies | profile | startup) python3 -m lab.bench "$part" --rounds 3 --out "$results" 2>&1 ;;
     quick) python3 -m lab.experiment fragmentation --quick --out results/gpu-quick 2>&1 ;;
     *) timeout --kill-after=30 "${SECONDS_FOR_A_PART:-540}" \
       python3 -m lab.experiment "$part" $(python3 papers/pagedattention/together.py --options "$part") ${MORE:-} \

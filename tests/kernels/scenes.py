@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,11 +26,9 @@ class Scene:
     paged: bool
     options: dict[str, Any] = field(default_factory=dict)
 
-    def attend(
-        self, attention: Any, device: str = "cpu", splits: int | None = None, empty: tuple[int, ...] = ()
-    ) -> Tensor:
+    def attend(self, attention: Any, device: str = "cpu", empty: tuple[int, ...] = ()) -> Tensor:
         """`empty`: rows of which nothing is left but their place, as those that fill up a batch."""
-        ragged = replace(Ragged.build(self.rows, self.block, self.paged, device), splits=splits)
+        ragged = Ragged.build(self.rows, self.block, self.paged, device)
         for column in (ragged.firsts, ragged.lengths, ragged.dead):
             column[list(empty)] = 0
         tensors = (tensor.to(device) for tensor in (self.q, self.k_cache, self.v_cache))

@@ -3,17 +3,23 @@
 The interpreter takes some 3 ms for every step of every program's loop, so the shapes are small and odd.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scenes import FEATURES, Scene, make_scene, random_rows
 
 from kernels import for_device, reference
 from kernels.ragged import Ragged
-from kernels.tuning import Machine, plan_splits
 
 pytest.importorskip("triton", reason="triton is not installed; it is on Linux x86-64")
+from kernels import shares
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 needs_gpu = pytest.mark.skipif(
@@ -26,8 +32,21 @@ def gpu() -> ModuleType:
     return for_device("cuda")
 
 
-def check(gpu: ModuleType, scene: Scene, splits: int | None = None) -> None:
-    out, expected = scene.attend(gpu.attention, DEVICE, splits), scene.attend(reference.attention)
+@pytest.fixture
+def cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """As on a GPU that runs so many shares of decodes at a time for one KV head, and that cuts shares of one step."""
+
+    def change(at_a_time: int) -> None:
+        def plan(ragged: Ragged, places: Any, _: int, turns: int, __: int, step: int, window: int | None) -> Any:
+            return shares.plan(ragged, places, at_a_time, turns, 1, step, window)
+
+        monkeypatch.setattr("kernels.attention.plan", plan)
+
+    return change
+
+
+def check(gpu: ModuleType, scene: Scene) -> None:
+    out, expected = scene.attend(gpu.attention, DEVICE), scene.attend(reference.attention)
     eps = max(torch.finfo(scene.q.dtype).eps, 1e-5)  # weights are rounded to the type of V, and so is the result
     torch.testing.assert_close(out.float(), expected.float(), rtol=2 * eps, atol=2 * eps)
 
@@ -67,70 +86,121 @@ def test_steps_without_masks_end_where_masks_begin(gpu: ModuleType, rows: list, 
     check(gpu, make_scene(3, rows, heads=(2, 1), window=window))
 
 
-# Rows of one key, of fewer keys than splits, of whole steps of 64 keys, and of steps for all of seven splits.
+# Rows of one key, of fewer keys than a step has, of whole steps of 64 keys, and of seven.
 DECODES = [(1, 0, 0), (1, 4, 0), (1, 63, 9), (1, 64, 0), (1, 447, 0), (1, 130, 140)]
 
 
 @pytest.mark.parametrize("paged", [True, False], ids=["paged", "contiguous"])
-@pytest.mark.parametrize("splits", [1, 2, 3, 7])
-def test_split_decodes(gpu: ModuleType, splits: int, paged: bool) -> None:
-    check(gpu, make_scene(splits, DECODES, heads=(3, 1), block=48, paged=paged), splits)
+@pytest.mark.parametrize("at_a_time", [1, 2, 6, 9, 70])
+def test_decodes_in_shares(gpu: ModuleType, cut: Callable, at_a_time: int, paged: bool) -> None:
+    cut(at_a_time)
+    check(gpu, make_scene(at_a_time, DECODES, heads=(3, 1), block=48, paged=paged))
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_split_decodes_with_every_feature(gpu: ModuleType, name: str) -> None:
-    """Sinks, for one, are counted once; and a prompt in the same step is not split."""
+def test_decodes_in_shares_with_every_feature(gpu: ModuleType, cut: Callable, name: str) -> None:
+    """Sinks, for one, are counted once; and a prompt in the same step is not cut."""
+    cut(9)
     options = FEATURES[name] | ({"window": 170} if name == "everything" else {})
-    check(gpu, make_scene(6, [(2, 0, 0), (1, 200, 0), (1, 3, 0), (1, 120, 70)], **options), splits=3)
+    check(gpu, make_scene(6, [(2, 0, 0), (1, 200, 0), (1, 3, 0), (1, 120, 70)], **options))
+
+
+def test_more_shares_than_are_combined_at_once(gpu: ModuleType, cut: Callable) -> None:
+    cut(99)
+    check(gpu, make_scene(2, [(1, 1100, 0)], heads=(8, 1), dims=(64, 64), block=64))
 
 
 @pytest.mark.parametrize("dead", [0, 5])
 @pytest.mark.parametrize("paged", [True, False], ids=["paged", "contiguous"])
-@pytest.mark.parametrize("splits", [1, 3])
-def test_rows_that_fill_up_a_batch(gpu: ModuleType, splits: int, paged: bool, dead: int) -> None:
+@pytest.mark.parametrize("at_a_time", [1, 9])
+def test_rows_that_fill_up_a_batch(gpu: ModuleType, cut: Callable, at_a_time: int, paged: bool, dead: int) -> None:
     """They have length 0: they read nothing, from no address either, and give 0."""
+    cut(at_a_time)
     scene = make_scene(4, [(1, 20, dead), (1, 9, 0), (1, 300, 0), (1, 2, 0)], heads=(3, 1), paged=paged)
-    out, expected = (
-        scene.attend(*how, empty=(1, 3)) for how in ((gpu.attention, DEVICE, splits), (reference.attention,))
-    )
+    out, expected = (scene.attend(*how, empty=(1, 3)) for how in ((gpu.attention, DEVICE), (reference.attention,)))
     assert not out[[1, 3]].any()
     torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-5)
 
 
-def test_a_split_decode_that_sees_no_key_gives_0(gpu: ModuleType) -> None:
+def test_a_decode_in_shares_that_sees_no_key_gives_0(gpu: ModuleType, cut: Callable) -> None:
+    cut(4)
     scene = make_scene(1, [(1, 200, 0), (1, 70, 0)], window=150)
     scene.rows[1] = scene.rows[1]._replace(first=500)
-    check(gpu, scene, splits=2)
+    check(gpu, scene)
 
 
-def test_the_number_of_splits_follows_from_the_shape() -> None:
-    h100 = Machine(False, 227 * 1024, 132, "H100")
-    for programs, longest, expected in (
-        (64 * 40, 1024, (1, 1024)),  # programs enough, none longer than the rest
-        (64 * 8, 1024, (1, 1024)),
-        (64 * 8, 2048, (1, 1024)),
-        (64 * 8, 2049, (3, 1024)),
-        (256 * 8, 512, (1, 1024)),
-        (256 * 8, 4096, (1, 1024)),  # others have work for as long
-        (256 * 8, 16384, (4, 1024)),
-        (64 * 8, 8192, (8, 1024)),  # the longest would take the longest: shares of 1024 keys, shorter rows whole
-        (8 * 8, 8192, (8, 128)),  # 512 programs for 132 processors
-        (8, 8192, (64, 128)),
-        (8, 200, (2, 128)),
-        (8, 1, (1, 128)),
-    ):
-        assert plan_splits(programs, longest, 1024, h100) == expected
+ROWS = st.lists(st.integers(0, 5000), min_size=1, max_size=40).filter(any)
+
+
+def planned(lengths: list[int], at_a_time: int, turns: int, fewest: int, step: int, longest: int) -> list[list[int]]:
+    """Items (row, split, splits, keys of a share), those without work left out."""
+    rows = [(1, max(length, 1) - 1, max(length, 1), 0, [0] * max(length, 1)) for length in lengths]
+    ragged = replace(Ragged.build(rows, 1, True, DEVICE), longest=max(longest, *lengths))
+    for column in (ragged.firsts, ragged.lengths):
+        column[[i for i, length in enumerate(lengths) if not length]] = 0  # these fill up a batch
+    items = shares.plan(ragged, ragged.tiles[0].places, at_a_time, turns, fewest, step, None).tolist()
+    work = [item for item in items if item[0] >= 0]
+    assert items == work + [[-1, *item[1:]] for item in items[len(work) :]]  # programs without any come last
+    return work
+
+
+@settings(max_examples=60, deadline=None)
+@given(ROWS, st.integers(1, 70), st.integers(1, 3), st.sampled_from([16, 128]), st.sampled_from([16, 64]), st.data())
+def test_shares_cover_every_row_once(
+    lengths: list[int], at_a_time: int, turns: int, fewest: int, step: int, data: st.DataObject
+) -> None:
+    longest = data.draw(st.integers(max(lengths), 4 * max(lengths)))  # a captured step knows no more than a bound
+    work = planned(lengths, at_a_time, turns, fewest, step, longest)
+    order = list(dict.fromkeys(item[0] for item in work))
+    assert sorted(order) == list(range(len(lengths)))
+    for row, length in enumerate(lengths):
+        own = [item for item in work if item[0] == row]
+        share = own[0][3]
+        assert own == [[row, split, len(own), share] for split in range(len(own))]
+        assert share % step == 0
+        assert (len(own) - 1) * share < max(length, 1) <= len(own) * share
+        assert len(own) == 1 or share >= min(fewest, length) - step
+
+
+@settings(max_examples=60, deadline=None)
+@given(ROWS, st.integers(1, 70))
+def test_nobody_works_much_longer_than_the_others(lengths: list[int], at_a_time: int) -> None:
+    """All are done within a share of the mean, since each free place takes the next one, and no share is long."""
+    step, fewest = 16, 128
+    work = planned(lengths, at_a_time, 2, fewest, step, max(lengths))
+    ends = [0] * at_a_time
+    for row, split, _, share in work:
+        ends[ends.index(min(ends))] += max(0, min(share, lengths[row] - split * share))
+    each, largest = sum(lengths) / at_a_time, max(min(item[3], lengths[item[0]]) for item in work)
+    assert largest <= max(1.25 * each, fewest) + 2 * step
+    assert max(ends) <= (each + largest if len(work) > at_a_time else largest)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "at_a_time", "rows_cut", "items"),
+    [
+        ([1024] * 64, 66, 0, 64),  # all at once, and equal: nothing to gain
+        ([512] * 256, 66, 0, 256),  # others have work for as long
+        ([8192] * 8, 66, 8, 64),  # as many as run at a time
+        ([8192, *[1024] * 63], 66, 64, 15 + 2 * 63),  # two turns of 551 keys each, in steps of 32
+        ([500], 66, 1, 4),  # shares of 128 keys
+    ],
+)
+def test_rows_are_cut_where_it_pays(lengths: list[int], at_a_time: int, rows_cut: int, items: int) -> None:
+    work = planned(lengths, at_a_time, 2, 128, 32, max(lengths))
+    assert len({item[0] for item in work if item[2] > 1}) == rows_cut
+    assert len(work) == items
 
 
 @needs_gpu
 def test_a_graph_splits_by_the_lengths_it_finds(gpu: ModuleType) -> None:
     """Captured with one set of lengths, replayed with others: the grid stays, shares follow the rows."""
     scene = make_scene(8, [(1, 2000, 0), (1, 900, 0), (1, 3, 0)], heads=(8, 2), dims=(64, 64), dtype=torch.float16)
-    ragged = Ragged.build(scene.rows, scene.block, True, "cuda")
+    found = Ragged.build(scene.rows, scene.block, True, "cuda")
     q, k_cache, v_cache = scene.q.cuda(), scene.k_cache.cuda(), scene.v_cache.cuda()
 
     def attend() -> torch.Tensor:
-        return gpu.attention(q, k_cache, v_cache, ragged, scale=0.125)
+        return gpu.attention(q, k_cache, v_cache, replace(found), scale=0.125)  # without the shares of another's
 
     attend()
     graph = torch.cuda.CUDAGraph()
@@ -140,8 +210,8 @@ def test_a_graph_splits_by_the_lengths_it_finds(gpu: ModuleType) -> None:
         scene.rows = [
             row._replace(first=length - 1, length=length) for row, length in zip(scene.rows, lengths, strict=True)
         ]
-        ragged.lengths.copy_(torch.tensor(lengths))
-        ragged.firsts.copy_(torch.tensor(lengths) - 1)
+        found.lengths.copy_(torch.tensor(lengths))
+        found.firsts.copy_(torch.tensor(lengths) - 1)
         graph.replay()
         torch.testing.assert_close(out.cpu(), scene.attend(reference.attention), rtol=2e-3, atol=2e-3)
 

@@ -1,0 +1,131 @@
+"""Decodes cut into shares of equal work: planned on the device once a step, read by the attention of every layer.
+
+One program for each row and KV head leaves most of a GPU idle where rows are few, and lets all wait for the longest
+where their lengths differ. So rows are cut into *shares*, one program's work each, those of the longest row first:
+
+    row a |======|======|======|======|      Say two programs run at a time. With nothing cut, one reads all of row a
+    row b |======|======|                    while the other has long been done with b and c; in shares of this size
+    row c |===|                              both read for as long, but for what the last share overhangs.
+
+Which program reads which share of which row is a table of `items`, made by one small kernel out of the lengths as they
+lie on the device: a captured step (CUDA graph) keeps its grid, and every replay cuts anew by the lengths that it finds.
+(FlashDecoding cuts all rows alike; Stream-K cuts matrix products into equal shares, for the same reason.)
+"""
+
+# mypy: disallow-untyped-defs=False
+# Triton types the arguments of its kernels itself.
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.ragged import Ragged
+
+FIELDS = 4  # of an item, int32: row (-1: nothing to do), which of its shares, how many it has, keys of one
+
+
+# fmt: off
+@triton.jit(do_not_specialize=["rows", "items", "at_a_time", "turns", "fewest"])
+def plan_kernel(
+    places_ptr, firsts_ptr, lengths_ptr, dead_ptr, items_ptr,  # see Ragged; [items, FIELDS]
+    rows, items, at_a_time, turns, fewest, window,  # items that run at a time; shares that each of them has, about
+    DEAD: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
+):
+    """One program; a share is a multiple of N keys. ROWS: at least `rows`."""
+    place = tl.arange(0, ROWS)
+    inside = place < rows
+    row = tl.load(places_ptr + 2 * place, mask=inside, other=0)
+    first = tl.load(firsts_ptr + row)
+    low, _, end = span(first, 1, lengths_ptr + row, dead_ptr + row, window, DEAD)
+    keys = tl.where(inside, end - low, 0)
+    each = tl.cdiv(tl.sum(keys, 0), at_a_time)  # for everyone, were all equal
+    # All at once, in shares as small as the programs suffice for: found by halving, in steps of N keys.
+    share, longest = tl.cdiv(tl.maximum(each, fewest), N), tl.cdiv(tl.maximum(tl.max(keys, 0), 1), N)
+    share, most = tl.minimum(share, longest), tl.maximum(at_a_time, rows)
+    while share < longest:
+        middle = (share + longest) // 2
+        enough = tl.sum(tl.where(inside, tl.maximum(tl.cdiv(keys, middle * N), 1), 0), 0) <= most
+        longest = tl.where(enough, middle, longest)
+        share = tl.where(enough, share, middle + 1)
+    # Or several turns, after which all end nearly together: half a share apart, and each share takes time to begin.
+    several = tl.cdiv(tl.maximum(tl.cdiv(each, turns), fewest), N)
+    share = tl.where(share * N > each + several * N // 2 + N, tl.minimum(share, several), share)
+    count = tl.where(inside, tl.maximum(tl.cdiv(keys, share * N), 1), 0)
+    share = tl.maximum(tl.cdiv(tl.cdiv(keys, tl.maximum(count, 1)), N), 1) * N  # [ROWS], each row's as equal as can be
+    count = tl.where(inside, tl.maximum(tl.cdiv(keys, share), 1), 0)
+    start = tl.cumsum(count, 0) - count
+    for i in range(tl.max(count, 0)):
+        item, left = items_ptr + 4 * (start + i), i < count
+        tl.store(item, row, mask=left)
+        tl.store(item + 1, i, mask=left)
+        tl.store(item + 2, count, mask=left)
+        tl.store(item + 3, share, mask=left)
+    for i in range(tl.sum(count, 0), items, ROWS):
+        tl.store(items_ptr + 4 * (i + place), -1, mask=i + place < items)
+# fmt: on
+
+
+@triton.jit
+def span(first, tokens, length_ptr, dead_ptr, window, DEAD: tl.constexpr):
+    """Positions [low, high) hold the keys that queries [first, first + tokens) see; [high, end) are dead."""
+    high = tl.minimum(first + tokens, tl.load(length_ptr))
+    low = high * 0
+    if window is not None:  # what lies before every query's window is never read: it may belong to others by now
+        low = tl.maximum(0, tl.minimum(first - window + 1, high - 1))
+    end = high
+    if DEAD:
+        end += tl.load(dead_ptr)
+    return low, high, end
+
+
+@triton.jit
+def combine(parts_ptr, splits, stride, some, DV: tl.constexpr, DV_PAD: tl.constexpr, LIVE: tl.constexpr):
+    """The average of the shares of `some` heads, weighed by their sums: [LIVE, DV_PAD]. `stride`: from share to share.
+
+    parts_ptr [LIVE]: of each head its first share's values, and behind them the log of their sum.
+    """
+    AT_ONCE: tl.constexpr = max(1, 4096 // (LIVE * DV_PAD))  # shares
+    split, dv = tl.arange(0, AT_ONCE), tl.arange(0, DV_PAD)
+    largest = tl.full([LIVE], -1e30, tl.float32)
+    total, values = tl.zeros([LIVE], tl.float32), tl.zeros([LIVE, DV_PAD], tl.float32)
+    for at in range(0, splits, AT_ONCE):
+        written = (at + split < splits)[:, None] & some[None, :]
+        parts = parts_ptr[None, :] + (at + split).to(tl.int64)[:, None] * stride  # [AT_ONCE, LIVE]
+        # Others wrote them while this program ran: not from the cache that only its processor has.
+        log_sums = tl.load(parts + DV, mask=written, other=float("-inf"), cache_modifier=".cg")
+        mask = written[:, :, None] & (dv < DV)[None, None, :]
+        own = tl.load(parts[:, :, None] + dv[None, None, :], mask=mask, other=0.0, cache_modifier=".cg")
+        larger = tl.maximum(largest, tl.max(log_sums, 0))
+        weights, shrink = tl.exp2(log_sums - larger[None, :]), tl.exp2(largest - larger)
+        values = values * shrink[:, None] + tl.sum(own * weights[:, :, None], 0)
+        total = total * shrink + tl.sum(weights, 0)
+        largest = larger
+    return values / tl.where(total == 0.0, 1.0, total)[:, None]
+
+
+def plan_items(rows: int, longest: int, at_a_time: int, turns: int, fewest: int) -> int:
+    """As many items as `plan_kernel` may need for `rows`, none with more keys than `longest`; known before lengths are.
+
+    In several turns every share but a row's last has each / turns keys, so that turns * at_a_time of them and one more
+    per row suffice.
+    """
+    return max(rows, min(rows + turns * at_a_time, rows * -(-longest // fewest)))
+
+
+def plan(
+    ragged: Ragged, places: Tensor, at_a_time: int, turns: int, fewest: int, step: int, window: int | None
+) -> Tensor:
+    """int32 [items, FIELDS], of the decodes at `places`; `at_a_time`: programs that run at a time for one KV head.
+
+    Made once for a step: `ragged` keeps it.
+    """
+    how = (at_a_time, turns, fewest, step, window)
+    if how not in ragged.plans:
+        rows = places.shape[0]
+        longest = ragged.longest if window is None or ragged.any_dead else min(ragged.longest, window)
+        items = places.new_empty(plan_items(rows, longest, at_a_time, turns, fewest), FIELDS)
+        lengths = (ragged.firsts, ragged.lengths, ragged.dead)
+        constants = {"DEAD": ragged.any_dead, "N": step, "ROWS": max(16, triton.next_power_of_2(rows))}
+        plan_kernel[(1,)](places, *lengths, items, rows, len(items), at_a_time, turns, fewest, window, **constants)
+        ragged.plans[how] = items
+    return ragged.plans[how]
