@@ -40,9 +40,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.chain import chain, let_next_start, wait_for_last
 from kernels.checks import check_attention
 from kernels.ragged import Ragged
-from kernels.shares import combine, plan, span
+from kernels.shares import combine, item, plan, span
 from kernels.softmax import walk
 from kernels.tuning import FEWEST_KEYS, MAX_HEAD_DIM, Machine, Tuning, best, machine, resident
 
@@ -54,7 +55,7 @@ LOG2_E = math.log2(math.e)
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, sinks_ptr,  # [T, H, D], [blocks, block, Hk, D], [.., DV], [T, H, DV], [H] or None
     parts_ptr, arrived_ptr,  # decodes: [items, H, DV + 4], [items, programs of an item]; else None
-    starts_ptr, firsts_ptr, lengths_ptr, dead_ptr, tables_ptr,  # see Ragged
+    starts_ptr, firsts_ptr, lengths_ptr, dead_ptr, tables_ptr,  # see Ragged; decodes: only tables
     places_ptr,  # [tiles, 2], see Ragged; decodes: [items, FIELDS], see kernels.shares
     logit_scale, cap, window,  # cap and window may be None
     stride_q_token, stride_q_head, stride_out_token, stride_out_head, stride_table,
@@ -62,27 +63,26 @@ def attention_kernel(
     GROUP: tl.constexpr, BLOCK: tl.constexpr, PAGED: tl.constexpr, DEAD: tl.constexpr, PIECES: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
+    let_next_start(CHAINED)
     # -- which queries: a piece of one tile of the batch, and heads of one group; which keys --
     HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     # Neighbours read the same place: heads of a share, tiles of a head.
     part, place = tl.program_id(1 if TOKENS > 1 else 0), tl.program_id(0 if TOKENS > 1 else 1)
-    split, splits, share = 0, 1, 0
     if TOKENS == 1:
-        places_ptr += 4 * place
-        row, split, splits, share = _item(places_ptr)
-        start, left = tl.load(starts_ptr + row, mask=row >= 0), (row >= 0).to(tl.int32)
-        first = tl.load(firsts_ptr + row, mask=row >= 0)
+        row, start, first, low, high, at, stop, split, splits = item(places_ptr, place)
+        if row < 0:  # no share for this program
+            return
+        left = 1
     else:
         places_ptr += 2 * (place // PIECES)
         row, start, left, first = _queries(places_ptr, starts_ptr, firsts_ptr, place % PIECES, PIECES, TOKENS)
-    if left <= 0:  # no queries in this piece of a tile, no share for this program
-        return
+        if left <= 0:  # no queries in this piece of a tile
+            return
+        low, high, stop = span(first, min(left, TOKENS), lengths_ptr + row, dead_ptr + row, window, DEAD)
+        at, split, splits = low, 0, 1
     kv_head = part // HEAD_TILES
-    low, high, end = span(first, min(left, TOKENS), lengths_ptr + row, dead_ptr + row, window, DEAD)
-    at, stop = low, end
-    if TOKENS == 1:
-        at, stop = low + split * share, min(end, low + split * share + share)
     m = tl.arange(0, TOKENS * HEADS)  # rows of the tile are pairs (token, head); [M] heads within the group
     head = part % HEAD_TILES * HEADS + m % HEADS
     live = (m // HEADS < left) & (head < GROUP)
@@ -90,6 +90,7 @@ def attention_kernel(
     token = (start + m // HEADS).to(tl.int64)
     d, dv = tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
     q_offsets = (token * stride_q_token + head * stride_q_head)[:, None] + d[None, :]
+    wait_for_last(CHAINED)  # what is read above, no kernel of this layer has written
     q = tl.load(q_ptr + q_offsets, mask=live[:, None] & (d < D)[None, :], other=0.0)  # [M, D_PAD]
     # -- online softmax: the largest logit so far, the sum, the weighted values --
     largest = tl.full([TOKENS * HEADS], -1e30, tl.float32)  # finite: -inf - -inf would be NaN
@@ -131,12 +132,6 @@ def attention_kernel(
             mask = some[:, None] & (dv < DV)[None, :]
             tl.store(out_ptr + live_offsets, result.to(out_ptr.dtype.element_ty), mask=mask)
 # fmt: on
-
-
-@triton.jit
-def _item(item_ptr):
-    row = tl.load(item_ptr).to(tl.int64)
-    return row, tl.load(item_ptr + 1), tl.load(item_ptr + 2), tl.load(item_ptr + 3)
 
 
 @triton.jit
@@ -262,7 +257,8 @@ def attention(
                 parts = q.new_empty(len(places), num_heads, head_dims[1] + 4, dtype=torch.float32)
                 arrived = _nobody(len(places) * programs, q.device)
             tensors = (q, k_cache, v_cache, out, sinks, parts, arrived, *rows, ragged.tables, places)
-            attention_kernel[grid](*tensors, logit_scale, cap, window, *strides, **tile.constants, **tile.options)
+            options = tile.constants | tile.options | chain(q.device)
+            attention_kernel[grid](*tensors, logit_scale, cap, window, *strides, **options)
     return out
 
 

@@ -101,7 +101,8 @@ def sources(target: GPUTarget, dtype: torch.dtype, head_dims: list[int]) -> Iter
         absent = [] if everything else ["sinks_ptr", "cap", "window"]
         absent += ["parts_ptr", "arrived_ptr"] if tokens > 1 else []
         row = {"head_dim": head_dim, "memory": memory, "tile": size}
-        yield row, _source(attention.attention_kernel, types, tile.constants | dict.fromkeys(absent)), tile.options
+        constants = tile.constants | dict.fromkeys(absent) | {"CHAINED": chained(target)}
+        yield row, _source(attention.attention_kernel, types, constants), tile.options
     row = {"head_dim": 0, "memory": "-", "tile": "256 rows"}
     planned = {"DEAD": True, "N": 64, "ROWS": 256, "window": None}
     yield row, _source(shares.plan_kernel, types, planned), {"num_warps": 4, "num_stages": 1}
@@ -113,23 +114,32 @@ def sources(target: GPUTarget, dtype: torch.dtype, head_dims: list[int]) -> Iter
         yield row, _source(kernel, types, constants), {"num_warps": 4, "num_stages": 1}
 
 
-def fused_sources(dtype: torch.dtype, head_dims: list[int]) -> Iterator[tuple[dict, ASTSource, dict]]:
+def chained(target: GPUTarget) -> bool:
+    """See `kernels.chain`."""
+    return target.backend == "cuda" and target.arch >= 90
+
+
+def fused_sources(
+    target: GPUTarget, dtype: torch.dtype, head_dims: list[int]
+) -> Iterator[tuple[dict, ASTSource, dict]]:
     """As `sources`: what a decoder computes around attention, at its widest: hidden 5120 and 16384, Qwen3's tokens."""
     others = {"eps": "fp32", "index_ptr": "*i32"}
     others |= {f"{name}_ptr": "*fp32" for name in ("rotation", "temperature", "partial", "logprobs")}
     others |= {f"{name}_ptr": "*i64" for name in ("positions", "slots", "keys", "tokens")}
     tiles, combine = sampling.specialise(151936)
+    chain = {"CHAINED": chained(target)}
     cases: list[tuple[int, Any, dict[str, Any], str]] = [
         (0, layers.norm_kernel, layers.specialise_norm(5120) | {"bias_ptr": None}, "1 x {PADDED}"),
         (0, layers.norm_kernel, layers.specialise_norm(16384), "1 x {PADDED}"),
         (0, layers.silu_and_mul_kernel, layers.specialise_silu(14336), "1 x {TILE}"),
-        (0, row_kernel, specialise_row(3072, False) | {"bias_ptr": None}, "{ROWS} x {COLUMNS}"),
-        (0, row_kernel, specialise_row(4096, True), "{ROWS} x {COLUMNS}"),
+        (0, row_kernel, specialise_row(1024, True) | chain | {"bias_ptr": None}, "{ROWS} x {K_PAD}"),
+        (0, row_kernel, specialise_row(4096, True) | chain, "{ROWS} x {K_PAD}"),
+        (0, row_kernel, specialise_row(14336, False) | chain, "{ROWS} x {K_PAD}"),
         (0, sampling.sample_kernel, tiles, "1 x {TILE}"),
         (0, sampling.choose_kernel, combine, "1 x {PADDED}"),
     ]
     for head_dim in head_dims:
-        heads = layers.specialise_rotate(32, 8, head_dim, 16)
+        heads = layers.specialise_rotate(32, 8, head_dim, 16) | chain
         cases.append((head_dim, layers.rotate_and_store_kernel, heads, "{ROWS} rows"))
     for head_dim, kernel, decided, tile in cases:
         types = dict.fromkeys((name for name in kernel.arg_names if name.endswith("_ptr")), POINTER[dtype]) | others
@@ -162,7 +172,9 @@ def registers_and_spills(compiled: Any, target: GPUTarget) -> tuple[int, int]:
 
 
 def compile_all(target: GPUTarget, dtype: torch.dtype, head_dims: list[int]) -> Iterator[Compiled]:
-    for row, source, options in itertools.chain(sources(target, dtype, head_dims), fused_sources(dtype, head_dims)):
+    for row, source, options in itertools.chain(
+        sources(target, dtype, head_dims), fused_sources(target, dtype, head_dims)
+    ):
         compiled = triton.compile(source, target=target, options=options)
         registers, spills = registers_and_spills(compiled, target)
         matrix = re.search(MATRIX[target.backend], compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"])

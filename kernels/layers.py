@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.chain import chain, let_next_start, wait_for_last
 from kernels.checks import check_norm, check_rotate, check_silu
 
 MAX_HIDDEN = 16384  # numbers of a row that one program keeps in registers
@@ -60,7 +61,7 @@ def rotate_and_store_kernel(
     positions_ptr, slots_ptr, q_ptr, k_cache_ptr, v_cache_ptr,  # [T], [T], [T, H, D], [blocks, block, Hk, D] twice
     eps, stride_qkv, stride_k_block, stride_k_offset, stride_k_head, stride_v_block, stride_v_offset, stride_v_head,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, HALF_PAD: tl.constexpr,
+    ROWS: tl.constexpr, HALF_PAD: tl.constexpr, CHAINED: tl.constexpr,
 ):
     """One program takes ROWS heads of one token, be they queries, keys or values, as two halves [ROWS, HALF_PAD]."""
     HALF: tl.constexpr = D // 2
@@ -70,6 +71,8 @@ def rotate_and_store_kernel(
     live = (head < HEADS + 2 * KV_HEADS) & (d < HALF)[None, :]
     is_query, is_value = head < HEADS, head >= HEADS + KV_HEADS
     qkv_ptr += token * stride_qkv + head * D + d[None, :]
+    let_next_start(CHAINED)
+    wait_for_last(CHAINED)
     low = tl.load(qkv_ptr, mask=live, other=0.0).to(tl.float32)
     high = tl.load(qkv_ptr + HALF, mask=live, other=0.0).to(tl.float32)
     dtype = q_ptr.dtype.element_ty
@@ -186,7 +189,7 @@ def rotate_and_store(
         tensors = (qkv, q_norm, k_norm, rotation, positions, slots, q, k_cache, v_cache)
         strides = (qkv.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3])
         with torch.cuda.device_of(qkv):
-            rotate_and_store_kernel[grid](*tensors, eps, *strides, **constants)
+            rotate_and_store_kernel[grid](*tensors, eps, *strides, **constants, **chain(qkv.device))
     return q
 
 

@@ -23,9 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.chain import chain, let_next_start, wait_for_last
 from kernels.checks import check_row
 
-COLUMNS = 1024  # read at a time: 16 bytes per thread of 4 warps in bfloat16
+MAX_HIDDEN = 32768  # numbers of a weight's row, which a program holds in registers
 
 
 # fmt: off
@@ -33,39 +34,41 @@ COLUMNS = 1024  # read at a time: 16 bytes per thread of 4 warps in bfloat16
 def row_kernel(
     x_ptr, weight_ptr, bias_ptr, norm_ptr, residual_ptr, out_ptr,  # [K], [N, K], [N], [K], [N], [N]; GATED: 2 N weights
     eps, size,  # size: N
-    K: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    K: tl.constexpr, K_PAD: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, CHAINED: tl.constexpr,
 ):
-    """One program computes ROWS of the N numbers."""
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """One program computes ROWS of the N numbers. Weights are under way before x is there."""
+    let_next_start(CHAINED)
+    n, k = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, K_PAD)
     inside = n < size
-    weight_ptr += n.to(tl.int64)[:, None] * K
-    second_ptr = weight_ptr + size.to(tl.int64) * K
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    second = tl.zeros([ROWS, COLUMNS], tl.float32)
-    squares = tl.zeros([COLUMNS], tl.float32)
-    for start in tl.static_range(0, K, COLUMNS):
-        k = start + tl.arange(0, COLUMNS)
-        read = inside[:, None] & (k < K)[None, :]
-        x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-        if norm_ptr is not None:
-            squares += x * x
-            x *= tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-        total += tl.load(weight_ptr + k[None, :], mask=read, other=0.0).to(tl.float32) * x[None, :]
+    read = inside[:, None] & (k < K)[None, :]
+    weight_ptr += n.to(tl.int64)[:, None] * K + k[None, :]
+    weight = tl.load(weight_ptr, mask=read, other=0.0)  # [ROWS, K_PAD]
+    if GATED:
+        second = tl.load(weight_ptr + size.to(tl.int64) * K, mask=read, other=0.0)
+    if norm_ptr is not None:
+        norm = tl.load(norm_ptr + k, mask=k < K, other=0.0)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
         if GATED:
-            second += tl.load(second_ptr + k[None, :], mask=read, other=0.0).to(tl.float32) * x[None, :]
+            second_bias = tl.load(bias_ptr + size + n, mask=inside, other=0.0).to(tl.float32)
+    wait_for_last(CHAINED)
+    x = tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + n, mask=inside, other=0.0).to(tl.float32)
     scale = 1.0
     if norm_ptr is not None:
-        scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-    out = tl.sum(total, 1) * scale  # [ROWS]
+        scale = tl.rsqrt(tl.sum(x * x, 0) / K + eps)
+        x *= norm.to(tl.float32)
+    out = tl.sum(weight.to(tl.float32) * x[None, :], 1) * scale  # [ROWS]
     if bias_ptr is not None:
-        out += tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
+        out += bias
     if GATED:
-        up = tl.sum(second, 1) * scale
+        up = tl.sum(second.to(tl.float32) * x[None, :], 1) * scale
         if bias_ptr is not None:
-            up += tl.load(bias_ptr + size + n, mask=inside, other=0.0).to(tl.float32)
+            up += second_bias
         out *= tl.sigmoid(out) * up
     if residual_ptr is not None:
-        out += tl.load(residual_ptr + n, mask=inside, other=0.0).to(tl.float32)
+        out += residual
     tl.store(out_ptr + n, out.to(out_ptr.dtype.element_ty), mask=inside)
 # fmt: on
 
@@ -73,9 +76,10 @@ def row_kernel(
 @functools.cache
 def specialise_row(hidden: int, gated: bool) -> dict[str, int]:
     """Compile-time constants and warps, by shape; `kernels.compile_ahead` compiles these."""
-    columns = min(COLUMNS, triton.next_power_of_2(hidden))
-    rows = 4 if hidden > COLUMNS else 2  # of a gated product half as many, which are read twice
-    return {"K": hidden, "GATED": gated, "ROWS": rows // (1 + gated), "COLUMNS": columns, "num_warps": 4}
+    padded = triton.next_power_of_2(hidden)
+    rows = max(1 + gated, min(4, 8192 // padded))  # of weights, of which a gated product has two for a number
+    warps = max(4, min(16, padded // 2048))
+    return {"K": hidden, "K_PAD": padded, "GATED": gated, "ROWS": rows // (1 + gated), "num_warps": warps}
 
 
 def row_product(
@@ -92,8 +96,10 @@ def row_product(
     check_row(x, weight, bias, norm, gated, residual)
     hidden, size = weight.shape[1], weight.shape[0] // (1 + gated)
     out = x.new_empty(1, size) if residual is None else residual
+    if hidden > MAX_HIDDEN:
+        raise ValueError(f"hidden = {hidden}: a program holds up to {MAX_HIDDEN}; run this model on kernels.reference")
     constants = specialise_row(hidden, gated)
     with torch.cuda.device_of(x):
         grid = (triton.cdiv(size, constants["ROWS"]),)
-        row_kernel[grid](x, weight, bias, norm, residual, out, eps, size, **constants)
+        row_kernel[grid](x, weight, bias, norm, residual, out, eps, size, **constants, **chain(x.device))
     return out

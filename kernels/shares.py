@@ -21,13 +21,15 @@ from torch import Tensor
 
 from kernels.ragged import Ragged
 
-FIELDS = 4  # of an item, int32: row (-1: nothing to do), which of its shares, how many it has, keys of one
+# Of an item, int32: row (-1: nothing to do), its query's place and position; positions [low, high) hold the keys that
+# it sees, [at, stop) those of this share; which of the row's shares it is, and how many there are.
+FIELDS = tl.constexpr(9)
 
 
 # fmt: off
 @triton.jit(do_not_specialize=["rows", "items", "at_a_time", "turns", "fewest"])
 def plan_kernel(
-    places_ptr, firsts_ptr, lengths_ptr, dead_ptr, items_ptr,  # see Ragged; [items, FIELDS]
+    places_ptr, starts_ptr, firsts_ptr, lengths_ptr, dead_ptr, items_ptr,  # see Ragged; [items, FIELDS]
     rows, items, at_a_time, turns, fewest, window,  # items that run at a time; shares that each of them has, about
     DEAD: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
 ):
@@ -35,8 +37,8 @@ def plan_kernel(
     place = tl.arange(0, ROWS)
     inside = place < rows
     row = tl.load(places_ptr + 2 * place, mask=inside, other=0)
-    first = tl.load(firsts_ptr + row)
-    low, _, end = span(first, 1, lengths_ptr + row, dead_ptr + row, window, DEAD)
+    start, first = tl.load(starts_ptr + row), tl.load(firsts_ptr + row)
+    low, high, end = span(first, 1, lengths_ptr + row, dead_ptr + row, window, DEAD)
     keys = tl.where(inside, end - low, 0)
     each = tl.cdiv(tl.sum(keys, 0), at_a_time)  # for everyone, were all equal
     # All at once, in shares as small as the programs suffice for: found by halving, in steps of N keys.
@@ -53,15 +55,21 @@ def plan_kernel(
     count = tl.where(inside, tl.maximum(tl.cdiv(keys, share * N), 1), 0)
     share = tl.maximum(tl.cdiv(tl.cdiv(keys, tl.maximum(count, 1)), N), 1) * N  # [ROWS], each row's as equal as can be
     count = tl.where(inside, tl.maximum(tl.cdiv(keys, share), 1), 0)
-    start = tl.cumsum(count, 0) - count
+    items_ptr += (tl.cumsum(count, 0) - count) * FIELDS
     for i in range(tl.max(count, 0)):
-        item, left = items_ptr + 4 * (start + i), i < count
+        item, left, at = items_ptr + i * FIELDS, i < count, low + i * share
         tl.store(item, row, mask=left)
-        tl.store(item + 1, i, mask=left)
-        tl.store(item + 2, count, mask=left)
-        tl.store(item + 3, share, mask=left)
+        tl.store(item + 1, start, mask=left)
+        tl.store(item + 2, first, mask=left)
+        tl.store(item + 3, low, mask=left)
+        tl.store(item + 4, high, mask=left)
+        tl.store(item + 5, at, mask=left)
+        tl.store(item + 6, tl.minimum(at + share, end), mask=left)
+        tl.store(item + 7, i, mask=left)
+        tl.store(item + 8, count, mask=left)
+    items_ptr += (place - tl.cumsum(count, 0) + count) * FIELDS
     for i in range(tl.sum(count, 0), items, ROWS):
-        tl.store(items_ptr + 4 * (i + place), -1, mask=i + place < items)
+        tl.store(items_ptr + i * FIELDS, -1, mask=i + place < items)
 # fmt: on
 
 
@@ -76,6 +84,16 @@ def span(first, tokens, length_ptr, dead_ptr, window, DEAD: tl.constexpr):
     if DEAD:
         end += tl.load(dead_ptr)
     return low, high, end
+
+
+@triton.jit
+def item(items_ptr, place):
+    """Its fields; of a program without work only the row, all others having not been written."""
+    item_ptr = items_ptr + place * FIELDS
+    row = tl.load(item_ptr).to(tl.int64)
+    start, first, low, high = tl.load(item_ptr + 1), tl.load(item_ptr + 2), tl.load(item_ptr + 3), tl.load(item_ptr + 4)
+    at, stop, split, splits = tl.load(item_ptr + 5), tl.load(item_ptr + 6), tl.load(item_ptr + 7), tl.load(item_ptr + 8)
+    return row, start, first, low, high, at, stop, split, splits
 
 
 @triton.jit
@@ -123,9 +141,14 @@ def plan(
     if how not in ragged.plans:
         rows = places.shape[0]
         longest = ragged.longest if window is None or ragged.any_dead else min(ragged.longest, window)
-        items = places.new_empty(plan_items(rows, longest, at_a_time, turns, fewest), FIELDS)
-        lengths = (ragged.firsts, ragged.lengths, ragged.dead)
-        constants = {"DEAD": ragged.any_dead, "N": step, "ROWS": max(16, triton.next_power_of_2(rows))}
+        items = places.new_empty(plan_items(rows, longest, at_a_time, turns, fewest), FIELDS.value)
+        lengths = (ragged.starts, ragged.firsts, ragged.lengths, ragged.dead)
+        constants = {
+            "DEAD": ragged.any_dead,
+            "N": step,
+            "ROWS": max(16, triton.next_power_of_2(rows)),
+            "FIELDS": FIELDS,
+        }
         plan_kernel[(1,)](places, *lengths, items, rows, len(items), at_a_time, turns, fewest, window, **constants)
         ragged.plans[how] = items
     return ragged.plans[how]

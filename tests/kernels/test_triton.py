@@ -133,15 +133,18 @@ ROWS = st.lists(st.integers(0, 5000), min_size=1, max_size=40).filter(any)
 
 
 def planned(lengths: list[int], at_a_time: int, turns: int, fewest: int, step: int, longest: int) -> list[list[int]]:
-    """Items (row, split, splits, keys of a share), those without work left out."""
+    """(row, split, splits, keys) of every item, those without work left out."""
     rows = [(1, max(length, 1) - 1, max(length, 1), 0, [0] * max(length, 1)) for length in lengths]
     ragged = replace(Ragged.build(rows, 1, True, DEVICE), longest=max(longest, *lengths))
     for column in (ragged.firsts, ragged.lengths):
         column[[i for i, length in enumerate(lengths) if not length]] = 0  # these fill up a batch
     items = shares.plan(ragged, ragged.tiles[0].places, at_a_time, turns, fewest, step, None).tolist()
     work = [item for item in items if item[0] >= 0]
-    assert items == work + [[-1, *item[1:]] for item in items[len(work) :]]  # programs without any come last
-    return work
+    assert all(item[0] == -1 for item in items[len(work) :])  # programs without any come last
+    for row, start, first, low, high, at, stop, _, _ in work:
+        assert (start, first, low, high) == (row, max(lengths[row] - 1, 0), 0, lengths[row])
+        assert 0 <= at <= stop <= high
+    return [[row, split, splits, stop - at] for row, _, _, _, _, at, stop, split, splits in work]
 
 
 @settings(max_examples=60, deadline=None)
@@ -155,11 +158,12 @@ def test_shares_cover_every_row_once(
     assert sorted(order) == list(range(len(lengths)))
     for row, length in enumerate(lengths):
         own = [item for item in work if item[0] == row]
-        share = own[0][3]
-        assert own == [[row, split, len(own), share] for split in range(len(own))]
-        assert share % step == 0
-        assert (len(own) - 1) * share < max(length, 1) <= len(own) * share
-        assert len(own) == 1 or share >= min(fewest, length) - step
+        assert [item[1:3] for item in own] == [[split, len(own)] for split in range(len(own))]
+        shares = [item[3] for item in own]
+        assert sum(shares) == length
+        assert len(set(shares[:-1])) <= 1
+        assert shares[-1] <= shares[0]
+        assert all(share % step == 0 and 2 * share >= fewest for share in shares[:-1])
 
 
 @settings(max_examples=60, deadline=None)
@@ -169,9 +173,9 @@ def test_nobody_works_much_longer_than_the_others(lengths: list[int], at_a_time:
     step, fewest = 16, 128
     work = planned(lengths, at_a_time, 2, fewest, step, max(lengths))
     ends = [0] * at_a_time
-    for row, split, _, share in work:
-        ends[ends.index(min(ends))] += max(0, min(share, lengths[row] - split * share))
-    each, largest = sum(lengths) / at_a_time, max(min(item[3], lengths[item[0]]) for item in work)
+    for *_, keys in work:
+        ends[ends.index(min(ends))] += keys
+    each, largest = sum(lengths) / at_a_time, max(item[3] for item in work)
     assert largest <= max(1.25 * each, fewest) + 2 * step
     assert max(ends) <= (each + largest if len(work) > at_a_time else largest)
 
