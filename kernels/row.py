@@ -77,7 +77,7 @@ def row_kernel(
 def specialise_row(hidden: int, gated: bool) -> dict[str, int]:
     """Compile-time constants and warps, by shape; `kernels.compile_ahead` compiles these."""
     padded = triton.next_power_of_2(hidden)
-    rows = max(1 + gated, min(4, 8192 // padded))  # of weights, of which a gated product has two for a number
+    rows = max(1 + gated, min(8, 16384 // padded))  # of weights, of which a gated product has two for a number
     warps = max(4, min(16, padded // 2048))
     return {"K": hidden, "K_PAD": padded, "GATED": gated, "ROWS": rows // (1 + gated), "num_warps": warps}
 

@@ -146,8 +146,7 @@ def plan(
         constants = {
             "DEAD": ragged.any_dead,
             "N": step,
-            "ROWS": max(16, triton.next_power_of_2(rows)),
-            "FIELDS": FIELDS,
+            "ROWS": max(16, triton.next_power_of_2(rows))
         }
         plan_kernel[(1,)](places, *lengths, items, rows, len(items), at_a_time, turns, fewest, window, **constants)
         ragged.plans[how] = items
