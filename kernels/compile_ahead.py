@@ -104,7 +104,7 @@ def sources(target: GPUTarget, dtype: torch.dtype, head_dims: list[int]) -> Iter
         constants = tile.constants | dict.fromkeys(absent) | {"CHAINED": chained(target)}
         yield row, _source(attention.attention_kernel, types, constants), tile.options
     row = {"head_dim": 0, "memory": "-", "tile": "256 rows"}
-    planned = {"DEAD": True, "N": 64, "ROWS": 256, "window": None}
+    planned = shares.specialise_plan(256, True, 64) | {"window": None}
     yield row, _source(shares.plan_kernel, types, planned), {"num_warps": 4, "num_stages": 1}
     for head_dim, (kernel, rows) in itertools.product(
         head_dims, ((cache.store_kernel, 8), (cache.copy_blocks_kernel, 16 * 8))

@@ -15,6 +15,8 @@ lie on the device: a captured step (CUDA graph) keeps its grid, and every replay
 # mypy: disallow-untyped-defs=False
 # Triton types the arguments of its kernels itself.
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -41,7 +43,7 @@ def plan_kernel(
     low, high, end = span(first, 1, lengths_ptr + row, dead_ptr + row, window, DEAD)
     keys = tl.where(inside, end - low, 0)
     each = tl.cdiv(tl.sum(keys, 0), at_a_time)  # for everyone, were all equal
-    # All at once, in shares as small as the programs suffice for: found by halving, in steps of N keys.
+    # All at once, in shares as small as the places suffice for: found by halving, in steps of N keys.
     share, longest = tl.cdiv(tl.maximum(each, fewest), N), tl.cdiv(tl.maximum(tl.max(keys, 0), 1), N)
     share, most = tl.minimum(share, longest), tl.maximum(at_a_time, rows)
     while share < longest:
@@ -49,9 +51,10 @@ def plan_kernel(
         enough = tl.sum(tl.where(inside, tl.maximum(tl.cdiv(keys, middle * N), 1), 0), 0) <= most
         longest = tl.where(enough, middle, longest)
         share = tl.where(enough, share, middle + 1)
-    # Or several turns, after which all end nearly together: half a share apart, and each share takes time to begin.
+    at_once = tl.where(rows <= at_a_time, share * N, each + share * N // 2)  # more rows than places: whole, in turns
+    # Or several shares for each place: all end half a share apart, and each takes time to begin.
     several = tl.cdiv(tl.maximum(tl.cdiv(each, turns), fewest), N)
-    share = tl.where(share * N > each + several * N // 2 + N, tl.minimum(share, several), share)
+    share = tl.where(at_once > each + several * N // 2 + N, tl.minimum(share, several), share)
     count = tl.where(inside, tl.maximum(tl.cdiv(keys, share * N), 1), 0)
     share = tl.maximum(tl.cdiv(tl.cdiv(keys, tl.maximum(count, 1)), N), 1) * N  # [ROWS], each row's as equal as can be
     count = tl.where(inside, tl.maximum(tl.cdiv(keys, share), 1), 0)
@@ -130,6 +133,11 @@ def plan_items(rows: int, longest: int, at_a_time: int, turns: int, fewest: int)
     return max(rows, min(rows + turns * at_a_time, rows * -(-longest // fewest)))
 
 
+def specialise_plan(rows: int, dead: bool, step: int) -> dict[str, Any]:
+    """Compile-time constants; `kernels.compile_ahead` compiles these."""
+    return {"DEAD": dead, "N": step, "ROWS": max(16, triton.next_power_of_2(rows))}
+
+
 def plan(
     ragged: Ragged, places: Tensor, at_a_time: int, turns: int, fewest: int, step: int, window: int | None
 ) -> Tensor:
@@ -143,11 +151,17 @@ def plan(
         longest = ragged.longest if window is None or ragged.any_dead else min(ragged.longest, window)
         items = places.new_empty(plan_items(rows, longest, at_a_time, turns, fewest), FIELDS.value)
         lengths = (ragged.starts, ragged.firsts, ragged.lengths, ragged.dead)
-        constants = {
-            "DEAD": ragged.any_dead,
-            "N": step,
-            "ROWS": max(16, triton.next_power_of_2(rows))
-        }
-        plan_kernel[(1,)](places, *lengths, items, rows, len(items), at_a_time, turns, fewest, window, **constants)
+        plan_kernel[(1,)](
+            places,
+            *lengths,
+            items,
+            rows,
+            len(items),
+            at_a_time,
+            turns,
+            fewest,
+            window,
+            **specialise_plan(rows, ragged.any_dead, step),
+        )
         ragged.plans[how] = items
     return ragged.plans[how]
