@@ -7,10 +7,10 @@ and only the line that turns a position into an address differs, so that what is
 table adds 4 bytes per position and head to the 512 of K and V in OPT-13B: 0.8 %, most of it found in the cache.
 
 OPT-13B's heads (40, of 128 numbers, bfloat16), one query per sequence, blocks scattered at random, caches cold; medians
-of 30 calls, the spread over seeds, each with tensors and tables of its own. Beside them torch's attention
-(`scaled_dot_product_attention`, cuDNN or flash) on contiguous K and V, and the read bandwidth measured in the same
-minutes. It needs a GPU. Without one the reference path in plain torch is timed at small sizes: it gathers all keys by
-index, paged or not, so its numbers say nothing about kernels, and no claim is judged on them.
+of five rounds in turn, of 12 calls each, the spread over seeds, each with tensors and tables of its own. Beside them
+torch's attention (`scaled_dot_product_attention`, cuDNN or flash) on contiguous K and V, and the read bandwidth measured
+in the same minutes. It needs a GPU. Without one the reference path in plain torch is timed at small sizes: it gathers
+all keys by index, paged or not, so its numbers say nothing about kernels, and no claim is judged on them.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def measure(options: Options, places: Mapping[Run, Path], once: Once) -> tuple[l
     bench, timing, device, heads = _bench(), _bench("timing"), _device(options), _heads(options)
     cuda = device != "cpu"
     flush = FLUSHES * timing.FLUSH_BYTES
-    clock = partial(timing.median_us, repeats=30, flush_bytes=flush) if cuda else timing.wall_us
+    clock = partial(timing.median_us, repeats=12, flush_bytes=flush) if cuda else timing.wall_us
     clock = partial(clock, repeats=3) if options.quick else clock
     size, side = (2**31, 8192) if cuda else (2**28, 256)
     floors = cache(partial(timing.measure_floors, device, 2**24 if options.quick else size, side, clock))

@@ -48,6 +48,7 @@ from kernels.softmax import walk
 from kernels.tuning import FEWEST_KEYS, MAX_HEAD_DIM, Machine, Tuning, best, machine, resident
 
 LOG2_E = math.log2(math.e)
+WARP_BYTES = 32 * 16  # that its threads load in one instruction
 
 
 # fmt: off
@@ -63,7 +64,7 @@ def attention_kernel(
     GROUP: tl.constexpr, BLOCK: tl.constexpr, PAGED: tl.constexpr, DEAD: tl.constexpr, PIECES: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, N: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-    CHAINED: tl.constexpr,
+    RUNS: tl.constexpr, CHAINED: tl.constexpr,
 ):
     let_next_start(CHAINED)
     # -- which queries: a piece of one tile of the batch, and heads of one group; which keys --
@@ -106,7 +107,8 @@ def attention_kernel(
     for stretch in tl.static_range(3):
         if (TOKENS > 1 and (stretch > 0 or window is not None)) or stretch == 2:
             state = walk(state, q, first + m // HEADS, edges[stretch], edges[stretch + 1], low, high, memory,
-                logit_scale, cap, window, stretch != 1, BLOCK, PAGED, DEAD, D, D_PAD, DV, DV_PAD, N, UPCAST, PRECISION)
+                logit_scale, cap, window, stretch != 1, BLOCK, PAGED, DEAD, D, D_PAD, DV, DV_PAD, N, UPCAST,
+                PRECISION, RUNS)
     largest, total, values = state
     total = tl.where(total == 0.0, 1.0, total)  # no key seen: 0
     values = values / total[:, None]
@@ -206,6 +208,9 @@ def specialise(
         # Exact float32 products: AMD has an instruction; on NVIDIA three products in tf32 come close to one.
         "PRECISION": "ieee" if on.amd else "tf32x3",
     }
+    # Keys that all threads load at a time, or more, so that one block holds a run of those that a thread loads.
+    at_once, keys = tuning.warps * WARP_BYTES // (padded[0] * dtype.itemsize), constants["N"]
+    constants["RUNS"] = keys if dead or windowed else keys // math.gcd(block, keys // max(1, min(at_once, keys)))
     options = {"num_warps": tuning.warps, "num_stages": tuning.stages}
     options |= {"maxnreg": tuning.registers} if tuning.registers else {}
     at_a_time = resident(tuning, padded, dtype.itemsize, on)

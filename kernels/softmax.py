@@ -16,20 +16,30 @@ def walk(
     state, q, query, begin, stop, low, high, memory, logit_scale, cap, window,
     MASKED: tl.constexpr, BLOCK: tl.constexpr, PAGED: tl.constexpr, DEAD: tl.constexpr, D: tl.constexpr,
     D_PAD: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr, N: tl.constexpr, UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, RUNS: tl.constexpr,
 ):
-    """Take keys [begin, stop) into the softmax. Not MASKED: each query sees them all, and N divides their number."""
+    """Take keys [begin, stop) into the softmax. Not MASKED: each query sees them all, and N divides their number.
+
+    The order of the N keys is free. Threads load RUNS of them at a time, so key i of the tile is number i / RUNS of run
+    i % RUNS: what one thread loads are neighbours, in one block, which is looked up once.
+    """
     largest, total, values = state
     table, k_ptr, stride_k_block, stride_k_offset, v_ptr, stride_v_block, stride_v_offset = memory
     d, dv = tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
-    place = _wrap(begin + tl.arange(0, N), low, high, DEAD)
-    blocks = _look_up(place, high, table, BLOCK, PAGED, DEAD)
+    if window is None:  # N divides it; now the compiler knows
+        begin = begin // N * N
+    EACH: tl.constexpr = N // RUNS
+    runs = tl.arange(0, RUNS) * EACH
+    keys = tl.arange(0, N) % RUNS * EACH + tl.arange(0, N) // RUNS
+    blocks = _look_up(_wrap(begin + runs, low, high, DEAD), high, table, BLOCK, PAGED, DEAD)  # [RUNS]
+    place = _wrap(begin + keys, low, high, DEAD)  # [N]
     for at in tl.range(begin, stop, N):
-        key = at + tl.arange(0, N)
-        block_id, offset = _address(place if DEAD else key.to(tl.uint32), blocks, BLOCK, PAGED)
+        key = at + keys
+        block_id = tl.reshape(tl.broadcast_to(blocks[None, :], [EACH, RUNS]), [N]).to(tl.int64)
+        offset = ((place if DEAD else key.to(tl.uint32)) % BLOCK).to(tl.int32)
+        # One step ahead: did the loads below depend on this one, only half as many would be in flight.
+        blocks = _look_up(_wrap(at + N + runs, low, high, DEAD), high, table, BLOCK, PAGED, DEAD)
         place = _wrap(key + N, low, high, DEAD)  # a division, which is done once and kept
-        if PAGED:  # one step ahead: did the loads below depend on this one, only half as many would be in flight
-            blocks = _look_up(place, high, table, BLOCK, PAGED, DEAD)
         k_offsets = (block_id * stride_k_block + offset * stride_k_offset)[:, None] + d[None, :]
         v_offsets = (block_id * stride_v_block + offset * stride_v_offset)[:, None] + dv[None, :]
         k = _load(k_ptr + k_offsets, key < stop, d, MASKED, D, D_PAD)  # [N, D_PAD]
@@ -66,19 +76,13 @@ def _wrap(key, low, high, DEAD: tl.constexpr):
 
 @triton.jit
 def _look_up(place, high, table, BLOCK: tl.constexpr, PAGED: tl.constexpr, DEAD: tl.constexpr):
-    """The block table's entries for `place` [N], those beyond the last taking the last's. Contiguous: the one."""
+    """In which blocks `place` lies, past the last key in the last one's. All that tells paged from contiguous."""
+    number = place // BLOCK
     if PAGED:
-        last = tl.maximum(high, 1) - 1  # of a row of length 0, which fills up a batch: its first entry
-        return tl.load(table + (place if DEAD else tl.minimum(place, last.to(tl.uint32))) // BLOCK)
+        last = (tl.maximum(high, 1) - 1).to(tl.uint32) // BLOCK  # of a row of length 0, which fills up a batch: 0
+        return tl.load(table + (number if DEAD else tl.minimum(number, last)))
     else:
-        return tl.load(table)
-
-
-@triton.jit
-def _address(place, blocks, BLOCK: tl.constexpr, PAGED: tl.constexpr):
-    """Block id and offset of `place` [N]. Here and in _look_up lies all that tells paged from contiguous."""
-    block_id = blocks if PAGED else blocks + (place // BLOCK).to(tl.int32)
-    return block_id.to(tl.int64), (place % BLOCK).to(tl.int32)
+        return tl.load(table) + number.to(tl.int32)
 
 
 @triton.jit

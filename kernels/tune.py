@@ -63,10 +63,9 @@ def candidates(kind: Kind) -> list[Tuning]:
             (64, 2, 3),
             (64, 4, 3),
             (64, 4, 4),
-            (64, 8, 4),
             (128, 4, 2),
         ]
-        return [Tuning(1, 16, *tile, turns=turns) for tile, turns in itertools.product(tiles, (1, 2, 3))]
+        return [Tuning(1, 16, *tile, turns=turns) for tile, turns in itertools.product(tiles, (1, 2))]
     found = []
     for heads in (heads for heads in (2, 1, 4) if kind.group() % heads == 0):
         found += [Tuning(128 // heads, heads, keys, 8, stages) for keys, stages in ((128, 3), (64, 3))]

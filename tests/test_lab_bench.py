@@ -89,7 +89,8 @@ def test_a_profile_by_kind() -> None:
     assert list(found) == ["attention", "matrix products", "norm", "copies", "others"]
     assert found["attention"] == (0.5, 20.0)
     assert found["matrix products"] == (1.0, 10.0)
-    assert busy_us(spans) == 50 + 15 + 3
+    assert found["norm"] == (0.5, 2.5)  # it had started while a product still ran
+    assert busy_us(spans) == sum(2 * us for _, us in found.values()) == 50 + 15 + 3
 
 
 @pytest.mark.parametrize("depth", [0, 1])

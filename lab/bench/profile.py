@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -99,20 +99,24 @@ class Watch:
 
 
 def by_kind(spans: Iterable[Span], steps: int) -> dict[str, tuple[float, float]]:
-    """Calls and microseconds per step of each kind, the longest first."""
+    """Calls and microseconds per step of each kind, the longest first; where kernels overlap, the first one's time."""
     sums: dict[str, list[float]] = {}
-    for span in spans:
+    for span, us in _one_by_one(spans):
         kind = next((kind for kind, name in KINDS.items() if re.search(name, span.name)), "others")
         own = sums.setdefault(kind, [0.0, 0.0])
         own[0] += 1 / steps
-        own[1] += (span.end_us - span.begin_us) / steps
+        own[1] += us / steps
     return {kind: (calls, us) for kind, (calls, us) in sorted(sums.items(), key=lambda item: -item[1][1])}
 
 
 def busy_us(spans: Iterable[Span]) -> float:
-    """Time in which anything runs: what overlaps counts once."""
-    total = until = 0.0
+    """Time in which anything runs."""
+    return sum(us for _, us in _one_by_one(spans))
+
+
+def _one_by_one(spans: Iterable[Span]) -> Iterator[tuple[Span, float]]:
+    """Each with the time that it ran after all that began before it had ended: kernels may start early, and wait."""
+    until = 0.0
     for span in sorted(spans, key=lambda span: span.begin_us):
-        total += max(0.0, span.end_us - max(span.begin_us, until))
+        yield span, max(0.0, span.end_us - max(span.begin_us, until))
         until = max(until, span.end_us)
-    return total

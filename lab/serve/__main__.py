@@ -13,17 +13,22 @@ import sys
 from types import FrameType
 from typing import Any
 
-import uvicorn
-
 from lab.allocators import ALLOCATORS
 from lab.command import Parser, status
 from lab.core import InputError
 from lab.schedulers import PREEMPTION, SCHEDULERS
-from lab.serve.app import application
-from lab.serve.client import Client, Limits
-from lab.serve.messages import Ready
-from lab.serve.metrics import Metrics
-from lab.serve.worker import Options
+
+try:
+    import uvicorn
+
+    from lab.serve.app import application
+    from lab.serve.client import Client, Limits
+    from lab.serve.messages import Ready
+    from lab.serve.metrics import Metrics
+    from lab.serve.worker import Options
+except ModuleNotFoundError as error:
+    print(f"error: {error.name} is missing, which the server needs: pip install -e '.[serve]'", file=sys.stderr)
+    raise SystemExit(2) from None
 
 RED_S = 1.0  # that /health says the engine has died before the server ends
 DRAIN_S = 5  # that a draining server waits for connections, when all answers have had their time

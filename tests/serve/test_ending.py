@@ -264,3 +264,13 @@ def test_it_needs_no_installation() -> None:
     code += "m.version = version\nfrom lab.serve.app import VERSION\nprint(VERSION)"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout == "not installed\n"
+
+
+@pytest.mark.parametrize("missing", ["uvicorn", "fastapi", "prometheus_client"])
+def test_without_what_it_needs_it_says_how_to_get_it(missing: str) -> None:
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None; import runpy; runpy.run_module('lab.serve', run_name='__main__')"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert ran.stderr == f"error: {missing} is missing, which the server needs: pip install -e '.[serve]'\n"
