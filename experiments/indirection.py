@@ -8,9 +8,9 @@ table adds 4 bytes per position and head to the 512 of K and V in OPT-13B: 0.8 %
 
 OPT-13B's heads (40, of 128 numbers, bfloat16), one query per sequence, blocks scattered at random, caches cold; medians
 of five rounds in turn, of 12 calls each, the spread over seeds, each with tensors and tables of its own. Beside them
-torch's attention (`scaled_dot_product_attention`, cuDNN or flash) on contiguous K and V, and the read bandwidth measured
-in the same minutes. It needs a GPU. Without one the reference path in plain torch is timed at small sizes: it gathers
-all keys by index, paged or not, so its numbers say nothing about kernels, and no claim is judged on them.
+torch's attention (`scaled_dot_product_attention`, cuDNN or flash) on contiguous K and V, and the read bandwidth of the
+same minutes. It needs a GPU. Without one the reference path in plain torch is timed at small sizes: it gathers all keys
+by index, paged or not, so its numbers say nothing about kernels, and no claim is judged on them.
 """
 
 from __future__ import annotations
