@@ -62,7 +62,7 @@ def attention_marks(bench: pd.DataFrame) -> pd.DataFrame:
     """
     marks = []
     for row in bench[bench["name"].str.contains("attention")].to_dict("records"):
-        shape = re.match(r"(\d+) x (\d+)/(\d+) x ~?(\d+)", row["shape"])
+        shape = re.match(r"(\d+) x (\d+)/(\d+) x [~<]?(\d+)", row["shape"])
         assert shape is not None, row["shape"]
         rows, heads, kv_heads, length = map(int, shape.groups())
         queries = 4 * rows * heads * 128  # bytes of the queries and of the results
