@@ -12,15 +12,15 @@ same tile, so their keys and values are read once: the rows of the tile are (que
     |   padding   | 16 rows: least of      |     ...     | 128 rows: two warpgroups
     +-------------+ a matrix instruction   +-------------+
 
-Where decodes are too few to fill the GPU, or one too long, the keys of each are split over several programs. Each
-leaves the softmax of its share and the log of its sum; `combine_kernel` weighs the shares (FlashDecoding).
+Where decodes are too few to fill the GPU, or one too long, several programs share the keys of one (`kernels.shares`).
+Each leaves the softmax of its share and the log of its sum; the last of them weighs all (FlashDecoding).
 
 Cost of a row with context L in a model of H query heads and Hk KV heads, K and V in numbers of b bytes:
 
     decode    Hk * L * (D + DV) * b bytes are read for 2 * H * L * (D + DV) operations, 2 * H / (Hk * b) per byte. That
               is 1 to 8 where a GPU could do hundreds: time = bytes / memory bandwidth.
-    split     8 * H * (DV + 1) bytes more per share, written and read: as many as 4 * H / (Hk * b) keys have. A share
-              has at least 128 keys, so under 7 % in groups of 4; 8 rows of 8192 keys in 8 shares each: 0.8 %.
+    shared    8 * H * (DV + 1) bytes more per share, written and read: as many as 4 * H / (Hk * b) keys have. A share
+              has at least 64 keys, so under 13 % in groups of 4; 8 rows of 8192 keys in 8 shares each: 0.8 %.
     prompt    H * L**2 * (D + DV) operations, half of the square being masked: time = operations / arithmetic rate.
 
 The block table adds 4 bytes per position and KV head: 1.6 % at D = DV = 64 in bfloat16, 0.8 % at 128.
@@ -67,6 +67,7 @@ def attention_kernel(
     RUNS: tl.constexpr, CHAINED: tl.constexpr,
 ):
     let_next_start(CHAINED)
+    wait_for_last(CHAINED)  # that is, before the first layer's, the kernel that made `places_ptr`
     # -- which queries: a piece of one tile of the batch, and heads of one group; which keys --
     HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     # Neighbours read the same place: heads of a share, tiles of a head.
@@ -91,12 +92,11 @@ def attention_kernel(
     token = (start + m // HEADS).to(tl.int64)
     d, dv = tl.arange(0, D_PAD), tl.arange(0, DV_PAD)
     q_offsets = (token * stride_q_token + head * stride_q_head)[:, None] + d[None, :]
-    wait_for_last(CHAINED)  # what is read above, no kernel of this layer has written
     q = tl.load(q_ptr + q_offsets, mask=live[:, None] & (d < D)[None, :], other=0.0)  # [M, D_PAD]
     # -- online softmax: the largest logit so far, the sum, the weighted values --
     largest = tl.full([TOKENS * HEADS], -1e30, tl.float32)  # finite: -inf - -inf would be NaN
     total = tl.zeros([TOKENS * HEADS], tl.float32)
-    if sinks_ptr is not None:  # a logit seen first, in one of the splits, with no value
+    if sinks_ptr is not None:  # a logit seen first, in one of the shares, with no value
         sinks = tl.load(sinks_ptr + head, mask=live & (split == 0), other=-1e30).to(tl.float32)
         largest = tl.maximum(largest, sinks * 1.4426950408889634)  # log2(e)
         total += tl.where(split == 0, 1.0, 0.0)

@@ -9,7 +9,8 @@ early ("programmatic dependent launch"), which then does what depends on nothing
                     ^ `let_next_start`      ^ `wait_for_last`: all before it has ended and can be read
 
 Whoever starts early must write nothing, and read nothing that an earlier kernel of the same step has written, before
-it has waited. And it must wait: what comes after it relies on that all before it is done.
+it has waited: that a kernel has ended does not yet say that what it wrote can be read. And it must wait: what comes
+after it relies on that all before it is done.
 """
 
 # mypy: disallow-untyped-defs=False

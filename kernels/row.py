@@ -5,12 +5,13 @@ With one row there is nothing to multiply twice. Every weight is read once, for 
     time = bytes of the weight / memory bandwidth        1024 x 3072 in bfloat16: 6 MiB, 2 us on an H100
 
 and what comes before and after it takes no time of its own, as long as it needs no launch of its own, which costs as
-much as reading 6 MiB. So a layer is six launches in place of nine (and attention's second, where splits are combined):
+much as reading 6 MiB. So a layer is six launches in place of nine:
 
     residual -- norm, qkv -- rotate, store -- attention -- out, sum -- norm, gate, up, SwiGLU -- down, sum -- residual
 
 The root mean square is one number, which may as well divide the sum as each term of it. So every program computes it
-again, of the row that it has to read anyway, in the loop that multiplies.
+again, of the row that it has to read anyway. And weights depend on nothing, so that they are under way while the kernel
+before still runs (`kernels.chain`).
 """
 
 # mypy: disallow-untyped-defs=False
