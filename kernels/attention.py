@@ -43,7 +43,7 @@ from torch import Tensor
 from kernels.chain import chain, let_next_start, wait_for_last
 from kernels.checks import check_attention
 from kernels.ragged import Ragged
-from kernels.shares import combine, item, plan, span
+from kernels.shares import combine, item, last_of, plan, span
 from kernels.softmax import walk
 from kernels.tuning import FEWEST_KEYS, MAX_HEAD_DIM, Machine, Tuning, best, machine, resident
 
@@ -72,18 +72,10 @@ def attention_kernel(
     HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     # Neighbours read the same place: heads of a share, tiles of a head.
     part, place = tl.program_id(1 if TOKENS > 1 else 0), tl.program_id(0 if TOKENS > 1 else 1)
-    if TOKENS == 1:
-        row, start, first, low, high, at, stop, split, splits = item(places_ptr, place)
-        if row < 0:  # no share for this program
-            return
-        left = 1
-    else:
-        places_ptr += 2 * (place // PIECES)
-        row, start, left, first = _queries(places_ptr, starts_ptr, firsts_ptr, place % PIECES, PIECES, TOKENS)
-        if left <= 0:  # no queries in this piece of a tile
-            return
-        low, high, stop = span(first, min(left, TOKENS), lengths_ptr + row, dead_ptr + row, window, DEAD)
-        at, split, splits = low, 0, 1
+    row, start, left, first, low, high, at, stop, split, splits = _work(
+        places_ptr, place, starts_ptr, firsts_ptr, lengths_ptr, dead_ptr, window, DEAD, PIECES, TOKENS)
+    if left <= 0:  # no queries in this piece of a tile, no share for this program
+        return
     kv_head = part // HEAD_TILES
     m = tl.arange(0, TOKENS * HEADS)  # rows of the tile are pairs (token, head); [M] heads within the group
     head = part % HEAD_TILES * HEADS + m % HEADS
@@ -94,13 +86,7 @@ def attention_kernel(
     q_offsets = (token * stride_q_token + head * stride_q_head)[:, None] + d[None, :]
     q = tl.load(q_ptr + q_offsets, mask=live[:, None] & (d < D)[None, :], other=0.0)  # [M, D_PAD]
     # -- online softmax: the largest logit so far, the sum, the weighted values --
-    largest = tl.full([TOKENS * HEADS], -1e30, tl.float32)  # finite: -inf - -inf would be NaN
-    total = tl.zeros([TOKENS * HEADS], tl.float32)
-    if sinks_ptr is not None:  # a logit seen first, in one of the shares, with no value
-        sinks = tl.load(sinks_ptr + head, mask=live & (split == 0), other=-1e30).to(tl.float32)
-        largest = tl.maximum(largest, sinks * 1.4426950408889634)  # log2(e)
-        total += tl.where(split == 0, 1.0, 0.0)
-    state = largest, total, tl.zeros([TOKENS * HEADS, DV_PAD], tl.float32)
+    state = _before_any_key(sinks_ptr, head, live, split, TOKENS * HEADS, DV_PAD)
     memory = (tables_ptr + row * stride_table, k_ptr + kv_head.to(tl.int64) * stride_k_head, stride_k_block,
               stride_k_offset, v_ptr + kv_head.to(tl.int64) * stride_v_head, stride_v_block, stride_v_offset)
     edges = _edges(at, stop, first, min(left, TOKENS), high, window, TOKENS, N)
@@ -117,22 +103,54 @@ def attention_kernel(
         out_offsets = (token * stride_out_token + head * stride_out_head)[:, None] + dv[None, :]
         tl.store(out_ptr + out_offsets, values.to(out_ptr.dtype.element_ty), mask=stored)
     elif TOKENS == 1:
-        num_heads, first_place = tl.num_programs(0) // HEAD_TILES * GROUP, (place - split).to(tl.int64)
+        num_heads = tl.num_programs(0) // HEAD_TILES * GROUP
         own_ptr = parts_ptr + (place.to(tl.int64) * num_heads + head) * (DV + 4)  # [M]
         tl.store(own_ptr[:, None] + dv[None, :], values, mask=stored)
         tl.store(own_ptr + DV, largest + tl.log2(total), mask=live)
-        tl.debug_barrier()  # the whole program has written, before it says so
-        row_arrived_ptr = arrived_ptr + first_place * tl.num_programs(0) + part
-        if tl.atomic_add(row_arrived_ptr, 1) == splits - 1:  # the last of this row and these heads
-            tl.store(row_arrived_ptr, 0)  # for the next launch
-            LIVE: tl.constexpr = min(HEADS, triton.next_power_of_2(GROUP))
-            live_head = part % HEAD_TILES * HEADS + tl.arange(0, LIVE)
-            some, live_head = live_head < GROUP, live_head + kv_head * GROUP
-            row_parts_ptr = parts_ptr + (first_place * num_heads + live_head) * (DV + 4)  # [LIVE]
-            result = combine(row_parts_ptr, splits, num_heads * (DV + 4), some, DV, DV_PAD, LIVE)
-            live_offsets = (start.to(tl.int64) * stride_out_token + live_head * stride_out_head)[:, None] + dv[None, :]
-            mask = some[:, None] & (dv < DV)[None, :]
-            tl.store(out_ptr + live_offsets, result.to(out_ptr.dtype.element_ty), mask=mask)
+        row_place = (place - split).to(tl.int64)
+        if last_of(arrived_ptr + row_place * tl.num_programs(0) + part, splits):  # of this row and these heads
+            _finish(parts_ptr + row_place * num_heads * (DV + 4), num_heads * (DV + 4), splits, kv_head,
+                part % HEAD_TILES, out_ptr + start.to(tl.int64) * stride_out_token, stride_out_head,
+                GROUP, HEADS, DV, DV_PAD)
+
+
+@triton.jit
+def _before_any_key(sinks_ptr, head, live, split, M: tl.constexpr, DV_PAD: tl.constexpr):
+    largest, total = tl.full([M], -1e30, tl.float32), tl.zeros([M], tl.float32)  # finite: -inf - -inf would be NaN
+    if sinks_ptr is not None:  # a logit seen first, in one of the shares, with no value
+        sinks = tl.load(sinks_ptr + head, mask=live & (split == 0), other=-1e30).to(tl.float32)
+        largest = tl.maximum(largest, sinks * 1.4426950408889634)  # log2(e)
+        total += tl.where(split == 0, 1.0, 0.0)
+    return largest, total, tl.zeros([M, DV_PAD], tl.float32)
+
+
+@triton.jit
+def _finish(
+    parts_ptr, stride_part, splits, kv_head, head_tile, out_ptr, stride_out_head,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, DV: tl.constexpr, DV_PAD: tl.constexpr,
+):
+    """The result of one query and a tile's heads, out of the shares of the row."""
+    head, dv = head_tile * HEADS + tl.arange(0, min(HEADS, triton.next_power_of_2(GROUP))), tl.arange(0, DV_PAD)
+    live, head = head < GROUP, head + kv_head * GROUP
+    values = combine(parts_ptr + head * (DV + 4), splits, stride_part, live, DV, DV_PAD, head.shape[0])
+    out_ptr += (head * stride_out_head)[:, None] + dv[None, :]
+    tl.store(out_ptr, values.to(out_ptr.dtype.element_ty), mask=live[:, None] & (dv < DV)[None, :])
+
+
+@triton.jit
+def _work(
+    places_ptr, place, starts_ptr, firsts_ptr, lengths_ptr, dead_ptr, window,
+    DEAD: tl.constexpr, PIECES: tl.constexpr, TOKENS: tl.constexpr,
+):
+    """A program's row, its first token and how many are left; positions of that, of all keys, of the share's."""
+    if TOKENS == 1:
+        row, start, first, low, high, at, stop, split, splits = item(places_ptr, place)
+        return row, start, (row >= 0).to(tl.int32), first, low, high, at, stop, split, splits
+    else:
+        place_ptr, piece = places_ptr + 2 * (place // PIECES), place % PIECES
+        row, start, left, first = _queries(place_ptr, starts_ptr, firsts_ptr, piece, PIECES, TOKENS)
+        low, high, end = span(first, tl.minimum(left, TOKENS), lengths_ptr + row, dead_ptr + row, window, DEAD)
+        return row, start, left, first, low, high, low, end, 0, 1
 # fmt: on
 
 

@@ -100,6 +100,15 @@ def item(items_ptr, place):
 
 
 @triton.jit
+def last_of(arrived_ptr, splits):
+    """Is this program, whose share is written, the last of `splits`? They count from 0, where the last goes back to."""
+    tl.debug_barrier()  # the whole program has written, before it says so
+    last = tl.atomic_add(arrived_ptr, 1) == splits - 1
+    tl.store(arrived_ptr, 0, mask=last)  # for the next launch
+    return last
+
+
+@triton.jit
 def combine(parts_ptr, splits, stride, some, DV: tl.constexpr, DV_PAD: tl.constexpr, LIVE: tl.constexpr):
     """The average of the shares of `some` heads, weighed by their sums: [LIVE, DV_PAD]. `stride`: from share to share.
 

@@ -169,6 +169,7 @@ HIDDEN_IMPORTS: dict[tuple[str, str], str] = {
     ("lab.models.loading", "lab.models"): "checkpoints bring transformers: seconds that random weights do without",
     ("lab.models.names", "lab.models"): "SmolLM2's conversion brings it too",
     ("lab.models.names", "lab.models.hub"): "the Hub's client, for a model of the Hub",
+    ("kernels.bench", "kernels.shares"): "it brings Triton, which is not where only a CPU is timed",
     ("lab.bench.__main__", "lab.bench"): "it draws: a second of imports that would count as start-up",
 }
 
