@@ -86,12 +86,11 @@ RATES: dict[Curve, tuple[float, ...]] = {  # around the knees on the virtual A10
     ("alpaca", "fastertransformer"): (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.35, 1.5, 1.8),
 }
 OF_DRAIN: tuple[float, ...] = (0.3, 0.45, 0.6, 0.75, 0.9, 1.0, 1.1, 1.25, 1.45, 1.8)  # where no rates are declared
-# Requests/s of ShareGPT at which GPUs are asked for 300 s, five to seven minutes each. H100: 0.6, 0.9 and 1.1 of the
-# knees at AT that the virtual clock predicts (--hardware h100-80gb, seeds 0 to 2). H200: OF_DRAIN_REAL of what 128
-# requests drained once, which for vLLM is well below its knee.
+# Requests/s of ShareGPT at which GPUs are asked for 300 s, five to seven minutes each: 0.6, 0.9 and 1.1 of the knees at
+# AT that the virtual clock predicts there (--hardware h100-80gb or h200, --duration 300, seeds 0 to 2).
 ON_GPUS = {
     "H100": {"vllm": (4.64, 6.97, 8.51), "orca-oracle": (2.32, 3.48, 4.26), "orca-max": (1.27, 1.9, 2.32)},
-    "H200": {"vllm": (4.21, 6.01, 7.51), "orca-oracle": (2.63, 3.75, 4.69), "orca-max": (1.58, 2.25, 2.82)},
+    "H200": {"vllm": (5.94, 8.91, 10.9), "orca-oracle": (2.95, 4.42, 5.4), "orca-max": (1.64, 2.47, 3.01)},
 }
 OF_DRAIN_REAL: tuple[float, ...] = (0.7, 1.0, 1.25)  # about 0.6, 0.9 and 1.1 of the knee: each takes minutes
 FREE = {"allocator", "scheduler", "batch", "timeout_s", "watermark", "executor", "hardware", "device", "dtype"}

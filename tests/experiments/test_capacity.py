@@ -242,7 +242,7 @@ def test_rates_that_are_none_are_refused(rate: str, tmp_path: Path, capsys: pyte
     ("gpu", "rates"),
     [
         ("NVIDIA H100 80GB HBM3", [4.64, 6.97, 8.51, 2.32, 3.48, 4.26, 1.27, 1.9, 2.32]),
-        ("NVIDIA H200", [4.21, 6.01, 7.51, 2.63, 3.75, 4.69, 1.58, 2.25, 2.82]),
+        ("NVIDIA H200", [5.94, 8.91, 10.9, 2.95, 4.42, 5.4, 1.64, 2.47, 3.01]),
     ],
 )
 def test_a_known_gpu_is_asked_at_its_own_rates(
