@@ -15,7 +15,7 @@ import math
 import random
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from kernels import for_device
+from kernels.bench_layers import bench_chain, bench_fused, bench_row
 from kernels.ragged import Ragged
 from kernels.timing import DTYPE, HEADER, Clock, Floors, Measured, measure_floors, median_us
 from kernels.tuning import FEWEST_KEYS
@@ -67,8 +68,6 @@ DECODES = [
 ]
 PADDED = Shape(32, 40, 40, 1024, padded=True)  # a static batch of OPT-13B
 PROMPT = Shape(8, 32, 8, 2048)
-WIDTHS = (3072, 14336, 151936)  # of two SwiGLUs, of a vocabulary
-ROWS = ((4096, 1024), (1024, 3072), (6144, 4096), (4096, 14336))  # of Qwen3-0.6B and Llama-3-8B: qkv, down
 
 
 class Problem:
@@ -195,41 +194,6 @@ def bench_moves(shape: Shape, layers: int, floors: Floors, device: str) -> Itera
     yield Measured("copy_blocks", shown, f"{shape.kv_heads} heads", us, bytes=bytes_, floor_us=bytes_ / floors.copy)
 
 
-def bench_fused(floors: Floors, device: str, batch: int = 256, widths: Sequence[int] = WIDTHS) -> Iterator[Measured]:
-    """What a decoder computes around attention, beside what it reads and writes: norm, SwiGLU, heads, tokens.
-
-    A call that moves less than a few MB takes the time of a launch, in a CUDA graph some 2 us; its share says nothing.
-    """
-    ops, cache = for_device(device), torch.zeros(batch, BLOCK, 8, 128, dtype=DTYPE, device=device)
-
-    def random(*size: int) -> Tensor:
-        return torch.randn(size, dtype=DTYPE, device=device)
-
-    def moved(name: str, shape: str, variant: str, bytes_: int, call: Callable[[], object]) -> Measured:
-        return Measured(name, shape, variant, median_us(call), bytes=bytes_, floor_us=bytes_ / floors.copy)
-
-    for rows, hidden in ((batch, 1024), (batch // 4, 5120)):
-        x, residual, weight = random(rows, hidden), random(rows, hidden), random(hidden)
-        call = functools.partial(ops.norm, x, weight, None, 1e-5, residual)
-        yield moved("norm", f"{rows} x {hidden}", "residual", 4 * x.nbytes, call)
-    qkv, places = random(batch, 32 * 128), torch.arange(batch, device=device)
-    turns = torch.rand(batch, 128, device=device)
-    call = functools.partial(
-        ops.rotate_and_store, qkv, random(128), random(128), 1e-6, turns, places, BLOCK * places, cache, cache.clone()
-    )
-    yield moved("rotate_and_store", f"{batch} x 32 x 128", "norm, 16/8", 2 * qkv.nbytes + turns.nbytes, call)
-    for size in widths[:2]:
-        gate_up = random(batch, 2 * size)
-        call = functools.partial(ops.silu_and_mul, gate_up)
-        yield moved("silu_and_mul", f"{batch} x 2 x {size}", "", gate_up.nbytes * 3 // 2, call)
-    logits = random(batch, widths[2])
-    for variant, temperature in (("greedy", 0.0), ("drawn", 1.0)):
-        call = functools.partial(ops.sample, logits, torch.full((batch,), temperature, device=device), places)
-        us = median_us(call)
-        shape = f"{batch} x {widths[2]}"
-        yield Measured("sample", shape, variant, us, bytes=logits.nbytes, floor_us=logits.nbytes / floors.read)
-
-
 def bench_plan(device: str, rows: int = 256) -> Measured:
     """Which program reads what of which row: once a step, for the attention of all layers."""
     from kernels.shares import plan  # and Triton, which is not everywhere
@@ -238,22 +202,6 @@ def bench_plan(device: str, rows: int = 256) -> Measured:
     batch = problem.batches["paged"]
     us = median_us(lambda: plan(replace(batch), batch.tiles[0].places, 66, 2, FEWEST_KEYS, 32, None))
     return Measured("plan shares", f"{rows} x ~512", "once a step", us, bytes=16 * rows)
-
-
-def bench_row(floors: Floors, device: str, shapes: Sequence[tuple[int, int]] = ROWS) -> Iterator[Measured]:
-    """A row alone times a matrix: with a norm before or a sum behind, and torch's, which has neither."""
-    product = for_device(device).row_product
-    for size, hidden in shapes:
-        weight = torch.randn(size, hidden, dtype=DTYPE, device=device) / hidden**0.5
-        x, residual = (torch.randn(1, width, dtype=DTYPE, device=device) for width in (hidden, size))
-        calls: dict[str, Callable[[], object]] = {
-            "norm": functools.partial(product, x, weight, norm=x[0], eps=1e-6),
-            "residual": functools.partial(product, x, weight, residual=residual),
-            "torch": functools.partial(torch.nn.functional.linear, x, weight),
-        }
-        for variant, call in calls.items():
-            us, shape = median_us(call), f"1 x {hidden} x {size}"
-            yield Measured("row product", shape, variant, us, bytes=weight.nbytes, floor_us=weight.nbytes / floors.read)
 
 
 def run(device: str) -> Iterator[Measured]:
@@ -268,6 +216,7 @@ def run(device: str) -> Iterator[Measured]:
     yield from bench_fused(floors, device)
     yield bench_plan(device)
     yield from bench_row(floors, device)
+    yield from bench_chain(floors, device)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -283,14 +232,16 @@ def main(arguments: list[str] | None = None) -> int:
     lines = [f"{torch.cuda.get_device_name()}, torch {torch.__version__}", HEADER]
     print("\n".join(lines), flush=True)
     rows = []
-    for row in run("cuda"):
-        rows.append(asdict(row))
-        lines.append(row.line())
-        print(lines[-1], flush=True)
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "kernels.txt").write_text("\n".join(lines) + "\n")
-        (options.out / "kernels.json").write_text(json.dumps({"machine": lines[0], "rows": rows}, indent=1) + "\n")
+    try:
+        for row in run("cuda"):
+            rows.append(asdict(row))
+            lines.append(row.line())
+            print(lines[-1], flush=True)
+    finally:  # what is measured is kept, whatever comes after
+        if options.out:
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / "kernels.txt").write_text("\n".join(lines) + "\n")
+            (options.out / "kernels.json").write_text(json.dumps({"machine": lines[0], "rows": rows}, indent=1) + "\n")
     return 0
 
 

@@ -66,6 +66,15 @@ def median_us(call: Callable[[], object], repeats: int = 15, flush_bytes: int = 
     return statistics.median(begin.elapsed_time(end) * 1e3 for begin, end in times)
 
 
+def graph_us(call: Callable[[], object], repeats: int = 11) -> float:
+    """The same of a call that is captured as a CUDA graph: without the host, and with launches that may overlap."""
+    call()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return median_us(graph.replay, repeats)
+
+
 def wall_us(call: Callable[[], object], repeats: int = 7) -> float:
     """Median over calls on a CPU, its caches as warm as they are; the first two do not count."""
     times = []

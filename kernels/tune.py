@@ -13,6 +13,7 @@ import os
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ import torch
 
 from kernels.bench import DECODES, PROMPT, Problem, Shape
 from kernels.ragged import TILE_TOKENS
-from kernels.timing import DTYPE, median_us
+from kernels.timing import DTYPE, graph_us
 from kernels.tuning import TUNED, Tuning, key
 
 MOST_ERROR = 0.01  # relative; bfloat16 rounds by 0.002 to 0.004
@@ -90,20 +91,13 @@ def compile_one(task: tuple[int, Tuning]) -> None:
             return
 
 
-def graph_us(problem: Problem, memory: str, tuning: Tuning) -> float:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        problem.ours(memory, tuning=tuning)
-    return median_us(graph.replay, repeats=11)
-
-
 def try_out(problem: Problem, tuning: Tuning) -> dict[str, float] | str:
     """Microseconds in both kinds of memory, or why it cannot win."""
     try:
         errors = {memory: problem.error(memory, tuning=tuning) for memory in problem.batches}
         if not max(errors.values()) < MOST_ERROR:
             return f"wrong by {max(errors.values()):.1e}"
-        return {memory: graph_us(problem, memory, tuning) for memory in problem.batches}
+        return {memory: graph_us(partial(problem.ours, memory, tuning=tuning)) for memory in problem.batches}
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
 
