@@ -83,6 +83,7 @@ def _main(arguments: list[str]) -> int:
         print(f"serving {model} on {url}/v1: {args.allocator}, {args.scheduler}, {memory}", flush=True)
 
     client.on_ready = told
+    print(f"loading {model}; {url}/ready answers 503 until it is there", flush=True)
     # What is under way ends in time by itself, but for those who do not read it, or sent half a request.
     patience_s = math.ceil(limits.seconds) + DRAIN_S
     quiet: Any = {"log_level": "warning", "access_log": False}

@@ -125,7 +125,10 @@ def test_a_signal_while_it_loads_ends_it_at_once(tiny: tuple[str, Any], tmp_path
             time.sleep(0.1)
     server.send_signal(signal.SIGTERM)
     start_s = time.monotonic()
-    assert server.communicate(timeout=20)[0] == ""
+    assert (
+        server.communicate(timeout=20)[0]
+        == f"loading {tiny[0]}; http://127.0.0.1:{port}/ready answers 503 until it is there\n"
+    )
     assert time.monotonic() - start_s < 3
     assert server.returncode == 0
 
