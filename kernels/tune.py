@@ -46,7 +46,11 @@ class Kind(NamedTuple):
 
 KINDS = [
     Kind(DECODE, [shape for shape in DECODES if shape.heads != shape.kv_heads]),
-    Kind(DECODE, [shape for shape in DECODES if shape.heads == shape.kv_heads] + [Shape(33, 40, 40, 450, spread=1.0)]),
+    Kind(
+        DECODE,
+        [shape for shape in DECODES if shape.heads == shape.kv_heads]
+        + [Shape(33, 40, 40, 450, spread=1.0), Shape(8, 40, 40, 4096)],
+    ),
     Kind(DECODE, [Shape(256, 16, 8, 512), Shape(64, 16, 8, 1024, spread=1.0), Shape(1, 16, 8, 1024)]),
     Kind(PROMPTS, [PROMPT]),
     Kind(PROMPTS, [Shape(4, 40, 40, 1024)]),
