@@ -70,7 +70,7 @@ def candidates(kind: Kind) -> list[Tuning]:
             (64, 4, 4),
             (128, 4, 2),
         ]
-        return [Tuning(1, 16, *tile, turns=turns) for tile, turns in itertools.product(tiles, (1, 2))]
+        return [Tuning(1, 16, *tile, turns=turns) for tile, turns in itertools.product(tiles, (1, 2, 4))]
     found = []
     for heads in (heads for heads in (2, 1, 4) if kind.group() % heads == 0):
         found += [Tuning(128 // heads, heads, keys, 8, stages) for keys, stages in ((128, 3), (64, 3))]
@@ -136,18 +136,24 @@ def main(arguments: list[str] | None = None) -> int:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m kernels.tune", description=__doc__, formatter_class=formatter)
     parser.add_argument("--out", type=Path, default=TUNED, help="a tuned.json to write or extend (default: kernels/)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="what has TEXT in its name, for instance decode")
     parser.add_argument("--processes", type=int, default=min(12, os.cpu_count() or 1), help="that compile at a time")
     options = parser.parse_args(arguments)
+    kinds = [(i, kind) for i, kind in enumerate(KINDS) if options.only in kind.name()]
+    if not kinds:
+        names = "; ".join(kind.name() for kind in KINDS)
+        print(f"error: --only {options.only!r}: no name has that in it: {names}", file=sys.stderr)
+        return 2
     if not torch.cuda.is_available():
         print("error: no CUDA GPU here to find configurations for; run this on one", file=sys.stderr)
         return 2
     torch.manual_seed(0)
     start = time.perf_counter()
-    tasks = dict.fromkeys((i, tuning._replace(turns=0)) for i, kind in enumerate(KINDS) for tuning in candidates(kind))
+    tasks = dict.fromkeys((i, tuning._replace(turns=0)) for i, kind in kinds for tuning in candidates(kind))
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
         pool.map(compile_one, tasks, chunksize=1)
     print(f"compiled {len(tasks)} candidates in {time.perf_counter() - start:.0f} s", flush=True)
-    found = {kind.name(): sweep(kind)._asdict() for kind in KINDS}
+    found = {kind.name(): sweep(kind)._asdict() for _, kind in kinds}
     known = json.loads(options.out.read_text()) if options.out.exists() else {}
     known.setdefault(torch.cuda.get_device_name(), {}).update(found)
     options.out.write_text(json.dumps(known, indent=1) + "\n")

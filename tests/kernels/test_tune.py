@@ -14,6 +14,13 @@ def test_without_a_gpu_it_says_so_in_one_line(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_kind_that_is_unknown_is_refused_with_all_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune.main(["--only", "decodes"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --only 'decodes'")
+    assert all(kind.name() in error for kind in tune.KINDS)
+
+
 def test_the_fastest_wins_if_it_is_right_on_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     kind = tune.KINDS[0]._replace(shapes=tune.KINDS[0].shapes[:2])
     wrong, even, fast_once, slow = tune.candidates(kind)[:4]
