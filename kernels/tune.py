@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.bench import DECODES, PROMPT, Problem, Shape
+from kernels.bench import DECODES, PADDED, PROMPT, Problem, Shape
 from kernels.ragged import TILE_TOKENS
 from kernels.timing import DTYPE, graph_us
 from kernels.tuning import TUNED, Tuning, key
@@ -49,7 +49,7 @@ KINDS = [
     Kind(
         DECODE,
         [shape for shape in DECODES if shape.heads == shape.kv_heads]
-        + [Shape(33, 40, 40, 450, spread=1.0), Shape(8, 40, 40, 4096)],
+        + [Shape(33, 40, 40, 450, spread=1.0), Shape(8, 40, 40, 4096), PADDED],
     ),
     Kind(DECODE, [Shape(256, 16, 8, 512), Shape(64, 16, 8, 1024, spread=1.0), Shape(1, 16, 8, 1024)]),
     Kind(PROMPTS, [PROMPT]),
